@@ -3,7 +3,7 @@
 //! Plain system calls: this code also runs inside the application, where it may not log, spawn or panic.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use thiserror::Error;
@@ -44,6 +44,12 @@ impl From<io::Error> for TransportError {
 /// One end of a `SOCK_SEQPACKET` connection. All fds it makes are close-on-exec.
 #[derive(Debug)]
 pub struct Connection(OwnedFd);
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
 
 /// Control-message buffer, aligned as the kernel wants it.
 #[repr(align(8))]
@@ -104,7 +110,17 @@ impl Connection {
 
     /// Sends one packet and copies of `fds`, at most [`MAX_FDS`].
     pub fn send(&self, message: &Message, fds: &[RawFd]) -> Result<(), TransportError> {
-        let bytes = message.encode();
+        self.send_bytes(&message.encode(), fds)
+    }
+
+    /// Receives one packet and its fds.
+    pub fn receive(&self) -> Result<(Message, Vec<OwnedFd>), TransportError> {
+        let (bytes, fds) = self.receive_bytes()?;
+        Ok((Message::decode(&bytes)?, fds))
+    }
+
+    /// Sends a packet of at most [`MAX_PACKET`] bytes with copies of `fds`, at most [`MAX_FDS`].
+    pub fn send_bytes(&self, bytes: &[u8], fds: &[RawFd]) -> Result<(), TransportError> {
         if bytes.len() > MAX_PACKET || fds.len() > MAX_FDS {
             return Err(TransportError::Oversized);
         }
@@ -140,8 +156,8 @@ impl Connection {
         }
     }
 
-    /// Receives one packet and its fds.
-    pub fn receive(&self) -> Result<(Message, Vec<OwnedFd>), TransportError> {
+    /// Receives a packet's bytes and its fds.
+    pub fn receive_bytes(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), TransportError> {
         let mut bytes = vec![0u8; MAX_PACKET];
         let mut control = Control([0; 1024]);
         let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
@@ -184,7 +200,8 @@ impl Connection {
         if header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0 || fds.len() > MAX_FDS {
             return Err(TransportError::Oversized);
         }
-        Ok((Message::decode(&bytes[..n])?, fds))
+        bytes.truncate(n);
+        Ok((bytes, fds))
     }
 }
 
