@@ -1,1 +1,9 @@
-//! Placeholder.
+//! The checkpoint and restore engine: state machine, image format, copy pipeline and the device trait.
+
+pub mod device;
+pub mod job;
+pub mod keeper;
+pub mod peer;
+pub mod processes;
+pub mod progress;
+pub mod service;

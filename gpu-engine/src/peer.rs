@@ -1,0 +1,375 @@
+//! The host's side of a conversation with `libphos.so` in one process.
+//!
+//! Everything that comes from there is untrusted: the application owns its side of the socket. Sizes and
+//! counts are bounded, the peer's identity is what the kernel says, and every wait has a limit.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
+};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::unlinkat;
+use phos_protocol::message::{Entry, Message, Summary, Timings, failure};
+use phos_protocol::{Connection, MAX_FDS, TransportError, VERSION, paths};
+use std::os::fd::AsFd;
+use thiserror::Error;
+
+/// How long the library may take to answer what needs no GPU work.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Most allocations one process may have. A table of this length needs 60 MB here.
+const MAX_ENTRIES: usize = 1 << 20;
+
+/// Why a conversation with a process failed.
+#[derive(Debug, Error)]
+pub enum PeerError {
+    /// The process does not answer.
+    #[error("process {pid} does not answer its control socket: {source}")]
+    Silent {
+        /// Host process id.
+        pid: i32,
+        /// What went wrong.
+        source: TransportError,
+    },
+    /// GPU work did not end in time; nothing was changed.
+    #[error("process {pid}: its GPU work did not finish in time ({text}); try again or raise drain_timeout")]
+    Busy {
+        /// Host process id.
+        pid: i32,
+        /// The library's own words.
+        text: String,
+    },
+    /// The library refused.
+    #[error("process {pid}: {text}")]
+    Refused {
+        /// Host process id.
+        pid: i32,
+        /// The library's own words.
+        text: String,
+    },
+    /// Something that the protocol does not allow.
+    #[error("process {pid} broke the control protocol: {what}")]
+    Protocol {
+        /// Host process id.
+        pid: i32,
+        /// What.
+        what: String,
+    },
+    /// A system call failed.
+    #[error("control folder {path}: {source}")]
+    Io {
+        /// The folder.
+        path: PathBuf,
+        /// What went wrong.
+        source: io::Error,
+    },
+}
+
+type Result<T> = std::result::Result<T, PeerError>;
+
+/// The container's control folder, held open: what is in it belongs to the container, so it is only ever
+/// reached through this descriptor and never by a path that the container could redirect.
+#[derive(Debug)]
+pub struct ControlDir {
+    fd: File,
+    path: PathBuf,
+}
+
+impl ControlDir {
+    /// Opens the folder on the host.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fd = File::options()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(|source| PeerError::Io { path: path.into(), source })?;
+        Ok(ControlDir { fd, path: path.into() })
+    }
+
+    /// A short path to `name` in the folder: Unix socket addresses hold 107 bytes only.
+    fn address(&self, name: &str) -> Result<UnixAddr> {
+        let path = format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd());
+        UnixAddr::new(path.as_str()).map_err(|e| self.error(e))
+    }
+
+    fn error(&self, e: impl Into<io::Error>) -> PeerError {
+        PeerError::Io { path: self.path.clone(), source: e.into() }
+    }
+}
+
+/// What changed in a process's table since the generation that was asked for.
+#[derive(Debug, Default)]
+pub struct TableUpdate {
+    /// New entries with their fds.
+    pub added: Vec<(Entry, OwnedFd)>,
+    /// Ids that are gone.
+    pub removed: Vec<u64>,
+    /// The generation the table stands at now.
+    pub generation: u64,
+    /// Entries alive now.
+    pub live: u64,
+}
+
+/// A running or parked process that answers.
+#[derive(Debug)]
+pub struct Library {
+    connection: Connection,
+    /// Host process id.
+    pub pid: i32,
+    /// Process id in its own namespace.
+    pub own_pid: i32,
+    /// Whether it is parked.
+    pub parked: bool,
+    /// `cuDriverGetVersion` as the process sees it.
+    pub driver: i32,
+}
+
+fn seqpacket() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+}
+
+impl Library {
+    /// Connects to the library in process `pid`, whose id in its own namespace is `own_pid`. `None` if nothing
+    /// listens there: the process has no library, has not initialised CUDA or is parked.
+    pub fn connect(dir: &ControlDir, pid: i32, own_pid: i32) -> Result<Option<Library>> {
+        let socket = seqpacket().map_err(|e| dir.error(e))?;
+        match connect(socket.as_raw_fd(), &dir.address(&paths::library_socket(own_pid))?) {
+            Ok(()) => {}
+            Err(nix::Error::ENOENT | nix::Error::ECONNREFUSED) => return Ok(None),
+            Err(e) => return Err(dir.error(e)),
+        }
+        let connection = Connection::new(socket);
+        // A file of that name can be anything the container likes, a link to a socket of the host included:
+        // before a word is said, the kernel must confirm who is at the other end.
+        let peer = connection.peer().map_err(|source| PeerError::Silent { pid, source })?;
+        if peer.pid != pid {
+            let what = format!("its socket is held by process {}", peer.pid);
+            return Err(PeerError::Protocol { pid, what });
+        }
+        let mut library = Library { connection, pid, own_pid, parked: false, driver: 0 };
+        library.timeout(ANSWER)?;
+        library.send(&Message::Hello { version: VERSION }, &[])?;
+        library.greet()?;
+        Ok(Some(library))
+    }
+
+    fn greet(&mut self) -> Result<()> {
+        match self.receive()?.0 {
+            Message::HelloAck { version: VERSION, pid, parked, driver, .. } => {
+                if pid != self.own_pid {
+                    return Err(self.broke(format!("it says it is process {pid}, not {}", self.own_pid)));
+                }
+                self.parked = parked;
+                self.driver = driver;
+                Ok(())
+            }
+            Message::HelloAck { version, .. } => Err(PeerError::Refused {
+                pid: self.pid,
+                text: format!(
+                    "its libphos.so speaks protocol {version}, this phos-runc {VERSION}: restart the container"
+                ),
+            }),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn timeout(&self, t: Duration) -> Result<()> {
+        self.connection.set_timeout(Some(t)).map_err(|source| PeerError::Silent { pid: self.pid, source })
+    }
+
+    fn send(&self, message: &Message, fds: &[RawFd]) -> Result<()> {
+        self.connection.send(message, fds).map_err(|source| PeerError::Silent { pid: self.pid, source })
+    }
+
+    fn receive(&self) -> Result<(Message, Vec<OwnedFd>)> {
+        match self.connection.receive() {
+            Ok((Message::Failed { code: failure::BUSY, text }, _)) => {
+                Err(PeerError::Busy { pid: self.pid, text: one_line(&text) })
+            }
+            Ok((Message::Failed { text, .. }, _)) => {
+                Err(PeerError::Refused { pid: self.pid, text: one_line(&text) })
+            }
+            Ok(packet) => Ok(packet),
+            Err(TransportError::Decode(e)) => Err(self.broke(e.to_string())),
+            Err(source) => Err(PeerError::Silent { pid: self.pid, source }),
+        }
+    }
+
+    fn broke(&self, what: String) -> PeerError {
+        PeerError::Protocol { pid: self.pid, what }
+    }
+
+    fn unexpected(&self, message: &Message) -> PeerError {
+        let text = format!("{message:?}");
+        self.broke(format!("unexpected {}", text.split([' ', '(']).next().unwrap_or_default()))
+    }
+
+    /// What the process holds, and what would prevent its checkpoint.
+    pub fn query(&self) -> Result<Summary> {
+        self.send(&Message::Query, &[])?;
+        match self.receive()?.0 {
+            Message::Summary(mut s) => {
+                s.blockers.iter_mut().for_each(|b| *b = one_line(b));
+                Ok(s)
+            }
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// The table's changes since generation `since`; the application runs on.
+    pub fn table(&self, since: u64) -> Result<TableUpdate> {
+        self.send(&Message::Table { since }, &[])?;
+        self.receive_table()
+    }
+
+    /// Stops the process's GPU work. When this returns, nothing is running and the table is complete; the
+    /// process waits for [`Library::taken`] and goes on as before if `self` is dropped instead.
+    pub fn park(&self, since: u64, drain: Duration, flags: u32) -> Result<TableUpdate> {
+        let drain_timeout_ms = u32::try_from(drain.as_millis()).unwrap_or(u32::MAX);
+        self.timeout(drain + ANSWER)?;
+        self.send(&Message::Park { since, drain_timeout_ms, flags }, &[])?;
+        let update = self.receive_table()?;
+        self.timeout(ANSWER)?;
+        Ok(update)
+    }
+
+    /// Every fd is held: the library lets go of the memory. After this the process is parked.
+    pub fn taken(self) -> Result<Timings> {
+        self.timeout(Duration::from_secs(60))?;
+        self.send(&Message::Taken, &[])?;
+        match self.receive()?.0 {
+            Message::Parked(t) => Ok(t),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    /// Gives a parked process its memory back. `entries` must be all that were alive at park.
+    pub fn attach(self, entries: &[(Entry, RawFd)]) -> Result<Timings> {
+        self.timeout(Duration::from_secs(60))?;
+        self.send(&Message::Attach { handles: entries.len() as u64 }, &[])?;
+        for batch in entries.chunks(MAX_FDS) {
+            let (entries, fds): (Vec<_>, Vec<_>) = batch.iter().copied().unzip();
+            self.send(&Message::Entries(entries), &fds)?;
+        }
+        match self.receive()?.0 {
+            Message::Attached(t) => Ok(t),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
+    fn receive_table(&self) -> Result<TableUpdate> {
+        let mut update = TableUpdate::default();
+        let mut ids = HashSet::new();
+        loop {
+            match self.receive()? {
+                (Message::Entries(entries), fds) => {
+                    if entries.len() != fds.len() {
+                        return Err(self.broke("as many fds as entries must come".into()));
+                    }
+                    if update.added.len() + entries.len() > MAX_ENTRIES {
+                        return Err(self.broke(format!("more than {MAX_ENTRIES} allocations")));
+                    }
+                    for (entry, fd) in entries.into_iter().zip(fds) {
+                        if entry.size == 0 || entry.size % 4096 != 0 || entry.size > 1 << 46 {
+                            return Err(self.broke(format!("an allocation of {} bytes", entry.size)));
+                        }
+                        if !ids.insert(entry.id) {
+                            return Err(self.broke(format!("entry {} came twice", entry.id)));
+                        }
+                        update.added.push((entry, fd));
+                    }
+                }
+                (Message::Removed(removed), _) => {
+                    if update.removed.len() + removed.len() > MAX_ENTRIES {
+                        return Err(self.broke("too many removed entries".into()));
+                    }
+                    update.removed.extend(removed);
+                }
+                (Message::TableEnd { generation, live }, _) => {
+                    (update.generation, update.live) = (generation, live);
+                    return Ok(update);
+                }
+                (other, _) => return Err(self.unexpected(&other)),
+            }
+        }
+    }
+}
+
+/// Text of the application that is shown to a person: one line, no control characters, not endless.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
+}
+
+/// Where parked processes knock to be attached again. The socket is removed when this is dropped.
+#[derive(Debug)]
+pub struct AttachListener<'a> {
+    dir: &'a ControlDir,
+    socket: OwnedFd,
+}
+
+/// Guards the process-wide umask while a socket is bound.
+static UMASK: Mutex<()> = Mutex::new(());
+
+impl<'a> AttachListener<'a> {
+    /// Starts to listen; every parked process of the container finds it within about a millisecond.
+    pub fn bind(dir: &'a ControlDir) -> Result<Self> {
+        let socket = seqpacket().map_err(|e| dir.error(e))?;
+        let _ = unlinkat(&dir.fd, paths::HOST_SOCKET, nix::unistd::UnlinkatFlags::NoRemoveDir);
+        let address = dir.address(paths::HOST_SOCKET)?;
+        {
+            // The application may run as any user: connecting needs write permission on the socket file.
+            let _guard = UMASK.lock();
+            let before = umask(Mode::empty());
+            let bound = bind(socket.as_raw_fd(), &address);
+            umask(before);
+            bound.map_err(|e| dir.error(e))?;
+        }
+        let listener = AttachListener { dir, socket };
+        listen(&listener.socket, Backlog::MAXCONN).map_err(|e| dir.error(e))?;
+        Ok(listener)
+    }
+
+    /// Waits for the next of `expected` (host pid, pid in its own namespace) until `deadline`. Connections of
+    /// anyone else are closed.
+    pub fn accept(&self, expected: &[(i32, i32)], deadline: Instant) -> Result<Library> {
+        let first = expected.first().map_or(0, |e| e.0);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, timeout) {
+                Ok(0) if left.is_zero() => {
+                    return Err(PeerError::Silent { pid: first, source: TransportError::Timeout });
+                }
+                Ok(0) | Err(nix::Error::EINTR) => continue,
+                Ok(_) => {}
+                Err(e) => return Err(self.dir.error(e)),
+            }
+            let Ok(fd) = accept4(self.socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { continue };
+            // SAFETY: accept4 just returned this fd and nothing else owns it.
+            let connection = Connection::new(unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) });
+            let Ok(peer) = connection.peer() else { continue };
+            let Some((pid, own_pid)) = expected.iter().copied().find(|(pid, _)| *pid == peer.pid) else {
+                continue;
+            };
+            let mut library = Library { connection, pid, own_pid, parked: true, driver: 0 };
+            library.timeout(ANSWER)?;
+            library.greet()?;
+            return Ok(library);
+        }
+    }
+}
+
+impl Drop for AttachListener<'_> {
+    fn drop(&mut self) {
+        let _ = unlinkat(&self.dir.fd, paths::HOST_SOCKET, nix::unistd::UnlinkatFlags::NoRemoveDir);
+    }
+}

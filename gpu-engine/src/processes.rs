@@ -1,0 +1,158 @@
+//! Which processes a container has, and which of them may use a GPU.
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+use thiserror::Error;
+
+/// Why a container's processes cannot be listed.
+#[derive(Debug, Error)]
+pub enum ProcessError {
+    /// The container's first process is gone.
+    #[error("process {0} of the container has ended")]
+    Gone(i32),
+    /// A file of `/proc` or of the cgroup hierarchy cannot be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// One process of the container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Process id in this program's PID namespace.
+    pub pid: i32,
+    /// Process id in its own, innermost namespace.
+    pub own_pid: i32,
+    /// Start time in clock ticks since boot: tells a process from a later one with the same id.
+    pub start_time: u64,
+    /// `argv[0]`'s last part, for messages.
+    pub command: String,
+}
+
+/// The folder of the cgroup hierarchy in which a process of `/proc/PID/cgroup` content `text` is found.
+///
+/// On the unified hierarchy that is the `0::` line. Otherwise it is the first controller's that places the
+/// process anywhere but at the root.
+fn cgroup_folder(text: &str, root: &Path, unified: bool) -> Option<PathBuf> {
+    let lines = || text.lines().filter_map(|l| l.split_once(':')?.1.split_once(':'));
+    if unified {
+        let (_, path) = lines().find(|(controllers, _)| controllers.is_empty())?;
+        return Some(root.join(path.trim_start_matches('/')));
+    }
+    for wanted in ["pids", "devices", "freezer", "memory", "cpu", "name=systemd"] {
+        let found = lines().find(|(c, path)| *path != "/" && c.split(',').any(|c| c == wanted));
+        if let Some((_, path)) = found {
+            let hierarchy = root.join(wanted.trim_start_matches("name="));
+            return Some(hierarchy.join(path.trim_start_matches('/')));
+        }
+    }
+    None
+}
+
+fn read(path: PathBuf) -> Result<String, ProcessError> {
+    fs::read_to_string(&path).map_err(|source| ProcessError::Io { path, source })
+}
+
+/// All process ids in a cgroup folder and below it.
+fn members(folder: &Path, into: &mut Vec<i32>) -> Result<(), ProcessError> {
+    let text = read(folder.join("cgroup.procs"))?;
+    into.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0));
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(()) };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            // A folder may vanish while it is read; its processes then ended.
+            let _ = members(&entry.path(), into);
+        }
+    }
+    Ok(())
+}
+
+/// `init` and its descendants, for containers that share their cgroup with others (rootless without delegation).
+fn descendants(init: i32) -> Vec<i32> {
+    let mut found = vec![init];
+    let mut next = 0;
+    while next < found.len() {
+        let pid = found[next];
+        next += 1;
+        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+        for task in tasks.flatten() {
+            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            found.extend(children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()));
+        }
+    }
+    found
+}
+
+/// Describes a process, `None` if it has ended.
+pub fn describe(pid: i32) -> Option<Process> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |name: &str| status.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+    if field("State:").is_some_and(|s| s.starts_with(['Z', 'X'])) {
+        return None;
+    }
+    let own_pid = field("NSpid:").and_then(|v| v.split_whitespace().last()?.parse().ok()).unwrap_or(pid);
+    let command = field("Name:").unwrap_or_default().to_string();
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command in parentheses may hold anything; fields are counted behind its last parenthesis.
+    let start_time = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    Some(Process { pid, own_pid, start_time, command })
+}
+
+/// The processes of the container whose first process is `init`.
+pub fn of_container(init: i32) -> Result<Vec<Process>, ProcessError> {
+    let cgroup = fs::read_to_string(format!("/proc/{init}/cgroup")).map_err(|_| ProcessError::Gone(init))?;
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let root = Path::new("/sys/fs/cgroup");
+    let unified = root.join("cgroup.controllers").exists();
+    let folder = cgroup_folder(&cgroup, root, unified);
+    let shared = folder == cgroup_folder(&own, root, unified);
+    let pids = match folder {
+        Some(folder) if !shared && folder != root => {
+            let mut pids = Vec::new();
+            members(&folder, &mut pids)?;
+            pids
+        }
+        _ => descendants(init),
+    };
+    let mut processes: Vec<_> = pids.into_iter().filter_map(describe).collect();
+    processes.sort_by_key(|p| p.pid);
+    processes.dedup_by_key(|p| p.pid);
+    if processes.is_empty() { Err(ProcessError::Gone(init)) } else { Ok(processes) }
+}
+
+/// Whether a process has a CUDA driver library loaded. Whether it uses it, the driver must say.
+pub fn has_driver_loaded(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("libcuda.so"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unified_hierarchy_has_one_line() {
+        let folder = cgroup_folder("0::/system.slice/docker-1.scope\n", Path::new("/c"), true);
+        assert_eq!(folder.as_deref(), Some(Path::new("/c/system.slice/docker-1.scope")));
+    }
+
+    #[test]
+    fn a_hybrid_hierarchy_uses_a_controller_that_places_the_process() {
+        let text = "8:pids:/\n5:freezer:/box/1\n3:cpu,cpuacct:/box/1\n0::/\n";
+        let folder = cgroup_folder(text, Path::new("/c"), false);
+        assert_eq!(folder.as_deref(), Some(Path::new("/c/freezer/box/1")));
+        assert_eq!(cgroup_folder("8:pids:/\n0::/\n", Path::new("/c"), false), None);
+    }
+
+    #[test]
+    fn this_process_is_described() {
+        let me = describe(std::process::id() as i32).unwrap();
+        assert!(me.start_time > 0);
+        assert!(descendants(me.pid).contains(&me.pid));
+        assert!(!has_driver_loaded(me.pid));
+    }
+}
