@@ -1,6 +1,7 @@
 //! The checkpoint and restore engine: state machine, image format, copy pipeline and the device trait.
 
 pub mod device;
+pub mod image;
 pub mod job;
 pub mod keeper;
 pub mod peer;

@@ -1,0 +1,177 @@
+//! Reading an image. All files are opened at once and stay open: engines delete the folder while it is in use.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::chunks::ChunkTable;
+use super::manifest::MAX_BYTES;
+use super::writer::hex;
+use super::{Allocation, CHUNK, INDEX, ImageError, Location, MANIFEST, Manifest, VERSION};
+
+/// An image whose manifest and chunk table have been checked.
+#[derive(Debug)]
+pub struct Image {
+    /// The manifest.
+    pub manifest: Manifest,
+    folder: PathBuf,
+    table: ChunkTable,
+    files: Vec<File>,
+}
+
+/// Chunks of one allocation that lie together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Number of the first chunk.
+    pub first: u64,
+    /// Number of chunks.
+    pub count: u64,
+    /// Offset of the first chunk in its allocation, bytes.
+    pub at: u64,
+    /// Where they are stored.
+    pub location: Location,
+}
+
+/// Opens a regular file, whatever the folder's owner may have put in its place.
+fn open(path: &Path) -> Result<(File, u64), ImageError> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| ImageError::io(path, e))?;
+    let meta = file.metadata().map_err(|e| ImageError::io(path, e))?;
+    if !meta.is_file() {
+        return Err(ImageError::Damaged { path: path.into(), what: "it is not a regular file".into() });
+    }
+    Ok((file, meta.len()))
+}
+
+/// Reads a whole file of a length that is known to be sane.
+fn slurp(mut file: File, len: u64, path: &Path) -> Result<Vec<u8>, ImageError> {
+    let mut bytes = Vec::with_capacity(len as usize);
+    (&mut file).take(len).read_to_end(&mut bytes).map_err(|e| ImageError::io(path, e))?;
+    if bytes.len() as u64 != len {
+        return Err(ImageError::Damaged { path: path.into(), what: "it changed while it was read".into() });
+    }
+    Ok(bytes)
+}
+
+impl Image {
+    /// Whether `folder` claims to hold an image.
+    pub fn exists(folder: &Path) -> bool {
+        folder.join(MANIFEST).symlink_metadata().is_ok()
+    }
+
+    /// Opens an image and checks everything but the chunks' contents.
+    pub fn open(folder: &Path) -> Result<Self, ImageError> {
+        let path = folder.join(MANIFEST);
+        let bad = |what: String| ImageError::Manifest { path: folder.into(), what };
+        let (file, len) = match open(&path) {
+            Err(ImageError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(ImageError::Missing(folder.into()));
+            }
+            other => other?,
+        };
+        if len > MAX_BYTES {
+            return Err(bad(format!("it has {len} bytes")));
+        }
+        let text = slurp(file, len, &path)?;
+        // The version decides how the rest is read, so it is looked at alone first.
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+        match value.get("version").and_then(serde_json::Value::as_u64) {
+            Some(v) if v == u64::from(VERSION) => {}
+            Some(found) => return Err(ImageError::Version { path: folder.into(), found }),
+            None => return Err(bad("it has no version".into())),
+        }
+        let manifest: Manifest = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
+        if let Some(feature) = manifest.features.first() {
+            return Err(ImageError::Feature { path: folder.into(), feature: feature.clone() });
+        }
+        manifest.check().map_err(bad)?;
+
+        let mut files = Vec::new();
+        for entry in &manifest.files {
+            let path = folder.join(&entry.name);
+            let (file, len) = open(&path)?;
+            if len != entry.size {
+                let what = format!("it has {len} bytes, the manifest says {}", entry.size);
+                return Err(ImageError::Damaged { path, what });
+            }
+            files.push(file);
+        }
+        let path = folder.join(INDEX);
+        let damaged = |what: String| ImageError::Damaged { path: path.clone(), what };
+        let (file, len) = open(&path)?;
+        if len != manifest.index.size || len != ChunkTable::encoded_len(manifest.chunk_count()) {
+            return Err(damaged(format!("it has {len} bytes, the manifest says {}", manifest.index.size)));
+        }
+        let bytes = slurp(file, len, &path)?;
+        if hex(phos_digest::digest(&bytes)) != manifest.index.digest {
+            return Err(damaged("its digest is not the manifest's".into()));
+        }
+        let sizes: Vec<_> = manifest.files.iter().map(|f| f.size).collect();
+        let table = ChunkTable::decode(&bytes, manifest.chunk_count(), &sizes).map_err(damaged)?;
+        Ok(Image { manifest, folder: folder.into(), table, files })
+    }
+
+    /// The allocation's chunks in runs of at most `max` bytes that lie together.
+    pub fn extents(&self, allocation: &Allocation, max: usize) -> Vec<Extent> {
+        let max = (max / CHUNK).max(1) as u64;
+        let mut extents: Vec<Extent> = Vec::new();
+        for i in 0..allocation.size / CHUNK as u64 {
+            let n = allocation.first_chunk + i;
+            let location = self.table.0[n as usize].1;
+            if let Some(last) = extents.last_mut().filter(|l| l.count < max) {
+                let follows = match (last.location, location) {
+                    (Location::Zero, Location::Zero) => true,
+                    (Location::File { file: f, offset: o }, Location::File { file, offset }) => {
+                        f == file && o + last.count * CHUNK as u64 == offset
+                    }
+                    _ => false,
+                };
+                if follows {
+                    last.count += 1;
+                    continue;
+                }
+            }
+            extents.push(Extent { first: n, count: 1, at: i * CHUNK as u64, location });
+        }
+        extents
+    }
+
+    /// Reads an extent into the first `count` chunks of `into` and checks every chunk's digest.
+    pub fn read(&self, extent: &Extent, into: &mut [u8]) -> Result<(), ImageError> {
+        let into = &mut into[..extent.count as usize * CHUNK];
+        let path = match extent.location {
+            Location::Zero => {
+                into.fill(0);
+                self.folder.join(INDEX)
+            }
+            Location::File { file, offset } => {
+                let path = self.folder.join(&self.manifest.files[file as usize].name);
+                let read = self.files[file as usize].read_exact_at(into, offset);
+                read.map_err(|e| ImageError::io(&path, e))?;
+                path
+            }
+        };
+        for (i, chunk) in into.chunks_exact(CHUNK).enumerate() {
+            let n = extent.first + i as u64;
+            if phos_digest::digest(chunk) != self.table.0[n as usize].0 {
+                return Err(ImageError::Damaged { path, what: format!("chunk {n} has another digest") });
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads everything and checks it; returns the bytes stored in data files.
+    pub fn verify(&self) -> Result<u64, ImageError> {
+        let mut buffer = vec![0; 16 * CHUNK];
+        for allocation in &self.manifest.allocations {
+            for extent in self.extents(allocation, buffer.len()) {
+                self.read(&extent, &mut buffer)?;
+            }
+        }
+        Ok(self.manifest.files.iter().map(|f| f.size).sum())
+    }
+}

@@ -1,0 +1,187 @@
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use super::*;
+use crate::device::GpuId;
+
+fn manifest(sizes: &[usize]) -> Manifest {
+    let mut first_chunk = 0;
+    let allocations = sizes
+        .iter()
+        .enumerate()
+        .map(|(i, chunks)| {
+            let a = Allocation {
+                process: 0,
+                id: i as u64,
+                gpu: 0,
+                address: 0x1000,
+                size: (chunks * CHUNK) as u64,
+                class: 0,
+                flags: 0,
+                first_chunk,
+            };
+            first_chunk += *chunks as u64;
+            a
+        })
+        .collect();
+    Manifest {
+        version: VERSION,
+        features: vec![],
+        made_by: "test".into(),
+        created: 0,
+        container: "c".into(),
+        driver: DriverEntry { version: 13000, release: String::new() },
+        lower_runtime: String::new(),
+        criu: String::new(),
+        chunk_size: CHUNK as u64,
+        digest: phos_digest::NAME.into(),
+        gpus: vec![GpuEntry { uuid: GpuId([7; 16]), name: "g".into(), total_bytes: 1 }],
+        processes: vec![ProcessEntry { pid: 1, command: "p".into(), has_library: true }],
+        allocations,
+        files: vec![],
+        index: IndexEntry { size: 0, digest: String::new() },
+        library: None,
+        warnings: vec![],
+        effective_spec: serde_json::json!({}),
+    }
+}
+
+/// Chunk `n` of the test image; every third is zero.
+fn chunk(n: u64) -> Vec<u8> {
+    if n % 3 == 2 { vec![0; CHUNK] } else { (0..CHUNK).map(|i| (i as u64 * (n + 1) + n) as u8).collect() }
+}
+
+fn write(folder: &Path) {
+    let mut writer = ImageWriter::create(folder, 2).unwrap();
+    let (a, b) = writer.lanes().split_at_mut(1);
+    let run: Vec<u8> = (0..5).flat_map(chunk).collect();
+    a[0].put(0, &run).unwrap();
+    b[0].put(5, &chunk(5)).unwrap();
+    b[0].put(6, &chunk(6)).unwrap();
+    assert_eq!(writer.written(), 5 * CHUNK as u64);
+    writer.commit(manifest(&[4, 3])).unwrap();
+}
+
+fn read_all(folder: &Path) -> Result<Vec<u8>, ImageError> {
+    let image = Image::open(folder)?;
+    let mut out = Vec::new();
+    let mut buffer = vec![0xff; 4 * CHUNK];
+    for a in &image.manifest.allocations {
+        let extents = image.extents(a, buffer.len());
+        for e in &extents {
+            assert_eq!(e.at as usize, out.len() - a.first_chunk as usize * CHUNK);
+            image.read(e, &mut buffer)?;
+            out.extend_from_slice(&buffer[..e.count as usize * CHUNK]);
+        }
+    }
+    Ok(out)
+}
+
+#[test]
+fn what_was_written_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let expected: Vec<u8> = (0..7).flat_map(chunk).collect();
+    assert!(read_all(folder.path()).unwrap() == expected);
+    assert_eq!(Image::open(folder.path()).unwrap().verify().unwrap(), 5 * CHUNK as u64);
+}
+
+#[test]
+fn an_open_image_survives_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let image = Image::open(folder.path()).unwrap();
+    drop(folder);
+    image.verify().unwrap();
+}
+
+#[test]
+fn every_damaged_byte_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    for name in [data_file(0), data_file(1), INDEX.to_string()] {
+        let path = folder.path().join(&name);
+        let good = fs::read(&path).unwrap();
+        let step = if name == INDEX { 1 } else { 4099 };
+        for at in (0..good.len()).step_by(step) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            fs::write(&path, &bad).unwrap();
+            assert!(read_all(folder.path()).is_err(), "{name} byte {at}");
+        }
+        for len in [0, 1, good.len() - 1] {
+            fs::write(&path, &good[..len]).unwrap();
+            assert!(read_all(folder.path()).is_err(), "{name} cut to {len}");
+        }
+        fs::write(&path, &good).unwrap();
+    }
+    read_all(folder.path()).unwrap();
+}
+
+#[test]
+fn damaged_manifests_are_refused_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let path = folder.path().join(MANIFEST);
+    let good = fs::read_to_string(&path).unwrap();
+    let cases = [
+        ("\"version\": 1", "\"version\": 2", "format version 2"),
+        ("\"features\": []", "\"features\": [\"chain\"]", "feature 'chain'"),
+        ("\"chunk_size\": 262144", "\"chunk_size\": 1", "chunk size"),
+        ("phos-gpu-0.img", "../phos-gpu-0.img", "is called"),
+        ("\"size\": 1048576", "\"size\": 18446744073709551615", "bytes"),
+        ("\"size\": 1048576", "\"size\": 4398046511104", "begins at chunk"),
+        ("\"gpu\": 0", "\"gpu\": 9", "not listed"),
+        ("\"first_chunk\": 4", "\"first_chunk\": 3", "begins at chunk"),
+        ("\"id\": 1", "\"id\": 0", "twice"),
+        ("\"pid\": 1", "\"pid\": -1", "cannot exist"),
+    ];
+    for (from, to, expected) in cases {
+        assert!(good.contains(from), "{from}");
+        fs::write(&path, good.replacen(from, to, 1)).unwrap();
+        let error = Image::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(expected) && !error.contains('\n'), "{to}: {error}");
+    }
+    for len in [0, 10, good.len() / 2, good.len() - 2] {
+        fs::write(&path, &good[..len]).unwrap();
+        let error = Image::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("manifest is damaged"), "{error}");
+    }
+    fs::remove_file(&path).unwrap();
+    assert!(matches!(Image::open(folder.path()), Err(ImageError::Missing(_))));
+}
+
+#[test]
+fn only_regular_files_are_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let other = tempfile::tempdir().unwrap();
+    write(folder.path());
+    for name in [MANIFEST, INDEX, "phos-gpu-0.img"] {
+        let path = folder.path().join(name);
+        let moved = other.path().join(name);
+        fs::rename(&path, &moved).unwrap();
+        symlink(&moved, &path).unwrap();
+        assert!(Image::open(folder.path()).is_err(), "{name} as a link");
+        fs::remove_file(&path).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(Image::open(folder.path()).is_err(), "{name} as a pipe");
+        fs::remove_file(&path).unwrap();
+        fs::rename(&moved, &path).unwrap();
+    }
+    Image::open(folder.path()).unwrap();
+}
+
+#[test]
+fn without_commit_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = ImageWriter::create(folder.path(), 2).unwrap();
+    writer.lanes()[0].put(0, &chunk(0)).unwrap();
+    drop(writer);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    let mut writer = ImageWriter::create(folder.path(), 1).unwrap();
+    writer.lanes()[0].put(0, &chunk(0)).unwrap();
+    let error = writer.commit(manifest(&[2])).unwrap_err();
+    assert!(error.to_string().contains("never written"), "{error}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}

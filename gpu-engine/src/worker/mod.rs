@@ -1,0 +1,161 @@
+//! The worker: the one process with a GPU context of its own. It copies, digests, drives the driver's checkpoint
+//! calls and the lower runtime, and writes the image. It may crash at any point: the keeper holds what matters.
+
+mod checkpoint;
+mod folder;
+mod load;
+mod recover;
+mod restore;
+mod save;
+mod subject;
+mod wake;
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use phos_protocol::Connection;
+use thiserror::Error;
+use tokio::sync::Notify;
+
+use crate::device::{self, Device};
+use crate::error::EngineError;
+use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
+use crate::keeper::WorkerRole;
+use crate::keeper::wire::{Outcome, Packet, Wire};
+use crate::progress::Progress;
+use crate::service::{self, Handler, LowerOutput};
+
+/// The fd at which the keeper leaves a worker its connection.
+const KEEPER_FD: i32 = 3;
+
+/// The worker cannot work.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// The command line is not the one the keeper writes.
+    #[error("the worker is started by phos-runc itself, not by hand")]
+    Usage,
+    /// A system call failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The service could not be offered.
+    #[error("{0}")]
+    Service(#[from] ttrpc::Error),
+    /// The recovery failed.
+    #[error("{0}")]
+    Engine(#[from] EngineError),
+}
+
+/// What the service's requests act on.
+struct Worker {
+    wire: Wire,
+    progress: Progress,
+    restore: Mutex<Option<restore::Restore>>,
+    answered: Notify,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Worker {
+    fn finished<R: serde::Serialize>(&self, result: &Result<R, EngineError>) {
+        self.progress.finish();
+        let outcome = match result {
+            Ok(report) => Outcome {
+                error: String::new(),
+                report: serde_json::to_string(report).unwrap_or_default(),
+            },
+            Err(e) => Outcome { error: e.to_string(), report: String::new() },
+        };
+        if let Err(e) = self.wire.send(&Packet::Finished(outcome), &[]) {
+            tracing::warn!(error = %e, "the keeper is gone");
+        }
+    }
+}
+
+impl Handler for Worker {
+    fn checkpoint(&self, job: CheckpointJob) -> (Result<CheckpointReport, String>, LowerOutput) {
+        tracing::info!(container = job.container, image = %job.image.display(), "checkpoint");
+        let (result, lower) = match device::cuda::open() {
+            Ok(device) => checkpoint::run(device, &job, &self.wire, &self.progress),
+            Err(e) => (Err(e.into()), LowerOutput::default()),
+        };
+        match &result {
+            Ok(report) => tracing::info!(?report, "checkpoint done"),
+            Err(e) => tracing::error!(error = %e, "checkpoint failed"),
+        }
+        self.finished(&result);
+        (result.map_err(|e| e.to_string()), lower)
+    }
+
+    fn restore(&self, job: RestoreJob) -> Result<(), String> {
+        tracing::info!(container = job.container, image = %job.image.display(), "restore");
+        let result = restore::Restore::prepare(job).map(|prepared| {
+            *lock(&self.restore) = Some(prepared);
+        });
+        if let Err(e) = &result {
+            tracing::error!(error = %e, "restore refused");
+            self.finished(&result);
+        }
+        result.map_err(|e| e.to_string())
+    }
+
+    fn attach(&self, init_pid: i32) -> Result<RestoreReport, String> {
+        let prepared = lock(&self.restore).take();
+        let result = match prepared {
+            Some(prepared) => prepared.attach(init_pid, &self.progress),
+            None => Err(EngineError::Order("attach was asked for before restore")),
+        };
+        self.finished(&result);
+        result.map_err(|e| e.to_string())
+    }
+
+    fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    fn answered(&self) {
+        self.answered.notify_one();
+    }
+}
+
+fn start_log() {
+    // The keeper appends the worker's standard error to `engine.log` in the container's state folder.
+    let _ = tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_max_level(tracing::Level::INFO)
+        .try_init();
+}
+
+/// The worker's life. `args`: role, state folder.
+pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
+    let [role, state_dir] = args else { return Err(WorkerError::Usage) };
+    let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(WorkerError::Usage)?;
+    start_log();
+    // SAFETY: the keeper left its connection at this fd for us; nothing else in this process knows it.
+    let fd = unsafe { OwnedFd::from_raw_fd(KEEPER_FD) };
+    nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
+        .map_err(io::Error::from)?;
+    let wire = Wire(Connection::new(fd));
+    if role == WorkerRole::Recover {
+        let device: Arc<dyn Device> = device::cuda::open().map_err(EngineError::from)?;
+        return Ok(recover::run(device.as_ref(), &wire)?);
+    }
+    let worker = Arc::new(Worker {
+        wire,
+        progress: Progress::default(),
+        restore: Mutex::new(None),
+        answered: Notify::new(),
+    });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let done = worker.clone();
+    runtime.block_on(async move {
+        let socket = Path::new(state_dir).join("engine.sock");
+        service::serve(worker, &socket, async move { done.answered.notified().await }).await
+    })?;
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! The GPU processes a job is about, and the memory each of them holds.
+
+use std::os::fd::OwnedFd;
+use std::thread;
+
+use phos_protocol::message::Summary;
+
+use crate::device::{Device, GpuId, Region};
+use crate::error::EngineError;
+use crate::keeper::wire::{Held, KeptProcess, Packet, Phase, Wire};
+use crate::peer::{ControlDir, Library, TableUpdate};
+use crate::processes;
+
+/// One physical allocation of a process.
+pub struct Piece {
+    /// What the library said about it.
+    pub held: Held,
+    /// Keeps it alive.
+    pub fd: OwnedFd,
+    /// Mapped here, once it has been needed.
+    pub region: Option<Region>,
+    /// Its copy inside the GPU, if one was made.
+    pub snapshot: Option<Region>,
+}
+
+/// One GPU process.
+pub struct Subject {
+    /// As the keeper knows it.
+    pub kept: KeptProcess,
+    /// The conversation with its library, while there is one.
+    pub library: Option<Library>,
+    /// What it said it holds, at preflight.
+    pub summary: Option<Summary>,
+    /// Its memory.
+    pub pieces: Vec<Piece>,
+    /// Table generation that `pieces` stands at.
+    pub generation: u64,
+}
+
+impl Subject {
+    /// Announces a phase to the keeper, before the step is taken.
+    pub fn enter(&mut self, wire: &Wire, phase: Phase) -> Result<(), EngineError> {
+        self.kept.phase = phase;
+        Ok(wire.send(&Packet::Process(self.kept.clone()), &[])?)
+    }
+
+    /// Takes over what changed in the process's table and hands the new fds to the keeper.
+    pub fn apply(&mut self, update: TableUpdate, wire: &Wire) -> Result<(), EngineError> {
+        let pid = self.kept.pid;
+        if !update.removed.is_empty() {
+            let removed: std::collections::HashSet<_> = update.removed.iter().collect();
+            self.pieces.retain(|p| !removed.contains(&p.held.id));
+            for ids in update.removed.chunks(1024) {
+                wire.send(&Packet::Forget(pid, ids.to_vec()), &[])?;
+            }
+        }
+        let added: Vec<_> = update.added.iter().map(|(e, fd)| (Held::from(e), fd)).collect();
+        wire.hold(pid, &added)?;
+        let piece = |(e, fd)| Piece { held: Held::from(&e), fd, region: None, snapshot: None };
+        self.pieces.extend(update.added.into_iter().map(piece));
+        self.generation = update.generation;
+        if self.pieces.len() as u64 != update.live {
+            let what = format!("its table has {} entries, {} came", update.live, self.pieces.len());
+            return Err(crate::peer::PeerError::Protocol { pid, what }.into());
+        }
+        Ok(())
+    }
+
+    /// Maps every piece that is not mapped yet into this process.
+    pub fn import(&mut self, device: &dyn Device) -> Result<(), EngineError> {
+        for piece in &mut self.pieces {
+            if piece.region.is_none() {
+                use std::os::fd::AsFd;
+                let region = device
+                    .import(GpuId(piece.held.device), piece.fd.as_fd(), piece.held.size)
+                    .map_err(|source| self.kept.driver_error(source))?;
+                piece.region = Some(region);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of GPU memory in `pieces`.
+    pub fn bytes(&self) -> u64 {
+        self.pieces.iter().map(|p| p.held.size).sum()
+    }
+}
+
+impl KeptProcess {
+    /// A driver error with the process's name on it.
+    pub(crate) fn driver_error(&self, source: crate::device::DeviceError) -> EngineError {
+        EngineError::Driver { pid: self.pid, command: self.command.clone(), source }
+    }
+
+    /// Whether the process still is the one it was.
+    pub(crate) fn is_alive(&self) -> bool {
+        processes::describe(self.pid).is_some_and(|p| p.start_time == self.start_time)
+    }
+}
+
+/// Finds the container's GPU processes and talks to their libraries. `control` is the container's control
+/// folder, if it has one.
+pub fn find(
+    device: &dyn Device,
+    init_pid: i32,
+    control: Option<&ControlDir>,
+) -> Result<Vec<Subject>, EngineError> {
+    let mut subjects = Vec::new();
+    for process in processes::of_container(init_pid)? {
+        if !processes::has_driver_loaded(process.pid) || device.process_state(process.pid)?.is_none() {
+            continue;
+        }
+        let library = match control {
+            Some(dir) => Library::connect(dir, process.pid, process.own_pid)?,
+            None => None,
+        };
+        let kept = KeptProcess {
+            pid: process.pid,
+            own_pid: process.own_pid,
+            start_time: process.start_time,
+            command: process.command,
+            has_library: library.is_some(),
+            phase: Phase::Running,
+        };
+        subjects.push(Subject { kept, library, summary: None, pieces: Vec::new(), generation: 0 });
+    }
+    Ok(subjects)
+}
+
+/// Runs `step` for every item at the same time and returns the first error, after all have ended.
+pub fn all<T: Send, R: Send>(
+    items: &mut [T],
+    step: impl Fn(&mut T) -> Result<R, EngineError> + Sync,
+) -> Result<Vec<R>, EngineError> {
+    if let [only] = items {
+        return Ok(vec![step(only)?]);
+    }
+    thread::scope(|scope| {
+        let threads: Vec<_> = items.iter_mut().map(|item| scope.spawn(|| step(item))).collect();
+        let results: Vec<_> = threads.into_iter().map(|t| t.join()).collect();
+        results.into_iter().map(|r| r.unwrap_or(Err(EngineError::Order("a worker thread panicked")))).collect()
+    })
+}
