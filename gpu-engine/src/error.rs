@@ -74,7 +74,9 @@ pub enum EngineError {
         present: String,
     },
     /// The image was made with another driver.
-    #[error("the image was made with driver {image}, this machine runs {here}: restore it on a machine with driver {image}")]
+    #[error(
+        "the image was made with driver {image}, this machine runs {here}: restore it on a machine with driver {image}"
+    )]
     OtherDriver {
         /// The image's.
         image: String,
@@ -82,7 +84,9 @@ pub enum EngineError {
         here: String,
     },
     /// The image's processes have another `libphos.so` mapped.
-    #[error("the image's processes run another build of libphos.so than {path}: install the phos-runc version that made the image")]
+    #[error(
+        "the image's processes run another build of libphos.so than {path}: install the phos-runc version that made the image"
+    )]
     OtherLibrary {
         /// The installed one.
         path: PathBuf,

@@ -77,9 +77,8 @@ pub fn run(command: &CommandLine, limit: Duration) -> Result<LowerOutput, LowerE
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(2));
     };
-    let output = |thread: Option<thread::JoinHandle<Vec<u8>>>| {
-        thread.and_then(|t| t.join().ok()).unwrap_or_default()
-    };
+    let output =
+        |thread: Option<thread::JoinHandle<Vec<u8>>>| thread.and_then(|t| t.join().ok()).unwrap_or_default();
     let status = std::os::unix::process::ExitStatusExt::signal(&status)
         .map_or_else(|| status.code().unwrap_or(255), |signal| 128 + signal);
     Ok(LowerOutput { status, stdout: output(stdout), stderr: output(stderr) })

@@ -16,9 +16,9 @@ pub fn demand_by_gpu<'a>(held: impl Iterator<Item = &'a Held>) -> BTreeMap<GpuId
 
 /// Whether every GPU has room for a second copy of what is on it and `reserve` bytes more.
 pub fn snapshot_fits(demand: &BTreeMap<GpuId, u64>, gpus: &[GpuInfo], reserve: u64) -> bool {
-    demand.iter().all(|(id, bytes)| {
-        gpus.iter().any(|g| g.id == *id && g.free >= bytes.saturating_add(reserve))
-    })
+    demand
+        .iter()
+        .all(|(id, bytes)| gpus.iter().any(|g| g.id == *id && g.free >= bytes.saturating_add(reserve)))
 }
 
 /// A GPU of the image's machine, as much as matters for finding a replacement.

@@ -167,7 +167,10 @@ impl Manifest {
                 return Err(format!("allocation {} is listed twice", a.id));
             }
             if a.first_chunk != next_chunk {
-                return Err(format!("allocation {} begins at chunk {}, not {next_chunk}", a.id, a.first_chunk));
+                return Err(format!(
+                    "allocation {} begins at chunk {}, not {next_chunk}",
+                    a.id, a.first_chunk
+                ));
             }
             next_chunk = next_chunk
                 .checked_add(a.size / CHUNK as u64)

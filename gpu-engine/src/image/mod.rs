@@ -75,7 +75,9 @@ pub enum ImageError {
         what: String,
     },
     /// Another version of the format.
-    #[error("image {path} has format version {found}, this phos-runc reads version {VERSION}: use the phos-runc that made it")]
+    #[error(
+        "image {path} has format version {found}, this phos-runc reads version {VERSION}: use the phos-runc that made it"
+    )]
     Version {
         /// The image folder.
         path: PathBuf,
@@ -83,7 +85,9 @@ pub enum ImageError {
         found: u64,
     },
     /// A feature this reader does not know.
-    #[error("image {path} needs the feature '{feature}', which this phos-runc does not have: use the phos-runc that made it")]
+    #[error(
+        "image {path} needs the feature '{feature}', which this phos-runc does not have: use the phos-runc that made it"
+    )]
     Feature {
         /// The image folder.
         path: PathBuf,

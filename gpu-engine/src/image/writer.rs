@@ -9,7 +9,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::chunks::{ALIGN, ChunkTable};
-use super::{CHUNK, Digest, FileEntry, INDEX, ImageError, IndexEntry, Location, MANIFEST, Manifest, data_file};
+use super::{
+    CHUNK, Digest, FileEntry, INDEX, ImageError, IndexEntry, Location, MANIFEST, Manifest, data_file,
+};
 
 /// An image being written. Dropped before [`ImageWriter::commit`], it removes the files it made.
 #[derive(Debug)]
@@ -90,10 +92,12 @@ impl ImageWriter {
             file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| ImageError::io(&path, e))
         };
         write(INDEX, &index)?;
-        manifest.files =
-            self.lanes.iter().map(|l| FileEntry { name: data_file(l.number as usize), size: l.length }).collect();
-        manifest.index =
-            IndexEntry { size: index.len() as u64, digest: hex(phos_digest::digest(&index)) };
+        manifest.files = self
+            .lanes
+            .iter()
+            .map(|l| FileEntry { name: data_file(l.number as usize), size: l.length })
+            .collect();
+        manifest.index = IndexEntry { size: index.len() as u64, digest: hex(phos_digest::digest(&index)) };
         let text = serde_json::to_vec_pretty(&manifest)
             .map_err(|e| ImageError::Manifest { path: self.folder.clone(), what: e.to_string() })?;
         let temporary = format!(".{MANIFEST}.new");

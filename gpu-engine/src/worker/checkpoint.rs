@@ -120,7 +120,8 @@ impl Checkpoint<'_> {
         let bytes: u64 = self.subjects.iter().map(Subject::bytes).sum();
         folder.require(bytes + bytes / 64)?;
         let snapshot = self.prepare_snapshot()?;
-        let mut saver = Saver::prepare(&self.device, &self.job.image, self.progress)?;
+        let device = self.device.clone();
+        let mut saver = Saver::prepare(device.as_ref(), &self.job.image)?;
         let stopped = Instant::now();
         match self.stand_still(&mut saver, snapshot) {
             Ok(()) => {}
@@ -129,10 +130,9 @@ impl Checkpoint<'_> {
                 drop(saver);
                 return Err(match self.wake() {
                     Ok(_) => cause,
-                    Err(rollback) => EngineError::RollbackFailed {
-                        cause: Box::new(cause),
-                        rollback: Box::new(rollback),
-                    },
+                    Err(rollback) => {
+                        EngineError::RollbackFailed { cause: Box::new(cause), rollback: Box::new(rollback) }
+                    }
                 });
             }
         }
@@ -147,7 +147,7 @@ impl Checkpoint<'_> {
             self.copy_out(&mut saver)?;
         }
         self.progress.step("commit", 0);
-        save::commit(saver, self.job, self.device.as_ref(), &self.subjects, &mut self.report)?;
+        save::commit(saver, self.job, &self.subjects, &mut self.report)?;
         Ok(())
     }
 
@@ -335,7 +335,8 @@ impl Checkpoint<'_> {
             memory: s.pieces.iter().map(|p| (Entry::from(&p.held), p.fd.as_raw_fd())).collect(),
         };
         let sleepers = self.subjects.iter().filter(|s| s.kept.phase != Phase::Running).map(sleeper).collect();
-        let woken = wake(self.device.as_ref(), self.control.as_ref(), sleepers, &self.job.timeouts, || Ok(()))?;
+        let woken =
+            wake(self.device.as_ref(), self.control.as_ref(), sleepers, &self.job.timeouts, || Ok(()))?;
         for subject in &mut self.subjects {
             subject.enter(self.wire, Phase::Attached)?;
         }

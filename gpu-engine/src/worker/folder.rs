@@ -75,18 +75,22 @@ impl Drop for ImageFolder {
         if self.keep {
             return;
         }
-        // It was empty when the job began, so everything in it is the job's.
-        for entry in fs::read_dir(&self.path).into_iter().flatten().flatten() {
-            let removed = match entry.file_type() {
-                Ok(t) if t.is_dir() => fs::remove_dir_all(entry.path()),
-                _ => fs::remove_file(entry.path()),
-            };
-            if let Err(e) = removed {
-                tracing::warn!(path = %entry.path().display(), error = %e, "left behind");
-            }
-        }
+        empty(&self.path);
         if self.made {
             let _ = fs::remove_dir(&self.path);
+        }
+    }
+}
+
+/// Removes everything in a folder that was empty when the job began.
+pub fn empty(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let removed = match entry.file_type() {
+            Ok(t) if t.is_dir() => fs::remove_dir_all(entry.path()),
+            _ => fs::remove_file(entry.path()),
+        };
+        if let Err(e) = removed {
+            tracing::warn!(path = %entry.path().display(), error = %e, "left behind");
         }
     }
 }

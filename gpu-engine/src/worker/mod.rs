@@ -64,10 +64,9 @@ impl Worker {
     fn finished<R: serde::Serialize>(&self, result: &Result<R, EngineError>) {
         self.progress.finish();
         let outcome = match result {
-            Ok(report) => Outcome {
-                error: String::new(),
-                report: serde_json::to_string(report).unwrap_or_default(),
-            },
+            Ok(report) => {
+                Outcome { error: String::new(), report: serde_json::to_string(report).unwrap_or_default() }
+            }
             Err(e) => Outcome { error: e.to_string(), report: String::new() },
         };
         if let Err(e) = self.wire.send(&Packet::Finished(outcome), &[]) {

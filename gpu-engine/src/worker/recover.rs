@@ -42,8 +42,8 @@ fn inherit(wire: &Wire) -> Result<Inherited, EngineError> {
 /// Receives the keeper's state and puts the container right.
 pub fn run(device: &dyn Device, wire: &Wire) -> Result<(), EngineError> {
     let inherited = inherit(wire)?;
-    let job: CheckpointJob = serde_json::from_str(&inherited.job)
-        .map_err(|e| EngineError::Keeper(e.into()))?;
+    let job: CheckpointJob =
+        serde_json::from_str(&inherited.job).map_err(|e| EngineError::Keeper(e.into()))?;
     tracing::warn!(container = job.container, lower_done = inherited.lower_done, "recovering");
     let control = match job.control_dir.exists() {
         true => Some(ControlDir::open(&job.control_dir)?),
@@ -72,11 +72,13 @@ pub fn run(device: &dyn Device, wire: &Wire) -> Result<(), EngineError> {
         if job.frozen {
             let _ = lower::run(&job.lower_pause, job.timeouts.lower());
         }
-        folder::discard(&job.image);
+        folder::empty(&job.image);
     }
     let error = match alive {
         true => "the checkpoint worker was ended; the container runs on and no image was written",
-        false => "the checkpoint worker was ended after the container had been stopped; what there is of the image was kept",
+        false => {
+            "the checkpoint worker was ended after the container had been stopped; what there is of the image was kept"
+        }
     };
     wire.send(&Packet::Finished(Outcome { error: error.into(), report: String::new() }), &[])?;
     Ok(())

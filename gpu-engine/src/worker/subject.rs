@@ -1,6 +1,6 @@
 //! The GPU processes a job is about, and the memory each of them holds.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
 use phos_protocol::message::Summary;
@@ -54,7 +54,7 @@ impl Subject {
                 wire.send(&Packet::Forget(pid, ids.to_vec()), &[])?;
             }
         }
-        let added: Vec<_> = update.added.iter().map(|(e, fd)| (Held::from(e), fd)).collect();
+        let added: Vec<_> = update.added.iter().map(|(e, fd)| (Held::from(e), fd.as_raw_fd())).collect();
         wire.hold(pid, &added)?;
         let piece = |(e, fd)| Piece { held: Held::from(&e), fd, region: None, snapshot: None };
         self.pieces.extend(update.added.into_iter().map(piece));
@@ -70,7 +70,6 @@ impl Subject {
     pub fn import(&mut self, device: &dyn Device) -> Result<(), EngineError> {
         for piece in &mut self.pieces {
             if piece.region.is_none() {
-                use std::os::fd::AsFd;
                 let region = device
                     .import(GpuId(piece.held.device), piece.fd.as_fd(), piece.held.size)
                     .map_err(|source| self.kept.driver_error(source))?;
@@ -138,6 +137,9 @@ pub fn all<T: Send, R: Send>(
     thread::scope(|scope| {
         let threads: Vec<_> = items.iter_mut().map(|item| scope.spawn(|| step(item))).collect();
         let results: Vec<_> = threads.into_iter().map(|t| t.join()).collect();
-        results.into_iter().map(|r| r.unwrap_or(Err(EngineError::Order("a worker thread panicked")))).collect()
+        results
+            .into_iter()
+            .map(|r| r.unwrap_or(Err(EngineError::Order("a worker thread panicked"))))
+            .collect()
     })
 }

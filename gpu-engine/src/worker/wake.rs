@@ -4,8 +4,8 @@
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-use phos_protocol::message::{Entry, Timings};
 use phos_protocol::TransportError;
+use phos_protocol::message::{Entry, Timings};
 
 use super::subject::all;
 use crate::device::{Device, ProcessState};

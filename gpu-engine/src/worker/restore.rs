@@ -1,0 +1,161 @@
+//! A restore: GPU memory is allocated and loaded while the lower runtime rebuilds the processes; then the driver's
+//! state comes back, the memory is attached and the gates open.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use phos_protocol::message::Entry;
+
+use super::load::load;
+use super::save::library_entry;
+use super::wake::{Sleeper, wake};
+use crate::device::{self, Device, Region};
+use crate::error::EngineError;
+use crate::image::Image;
+use crate::job::{RestoreJob, RestoreReport};
+use crate::keeper::wire::{KeptProcess, Phase};
+use crate::peer::ControlDir;
+use crate::plan::{self, WantedGpu};
+use crate::processes;
+use crate::progress::Progress;
+
+/// A restore whose memory is being loaded.
+pub struct Restore {
+    device: Arc<dyn Device>,
+    job: RestoreJob,
+    image: Arc<Image>,
+    regions: Arc<Vec<Region>>,
+    loading: JoinHandle<Result<Duration, EngineError>>,
+}
+
+/// Refuses an image that this machine cannot restore.
+fn check(image: &Image, job: &RestoreJob, device: &dyn Device) -> Result<(), EngineError> {
+    let manifest = &image.manifest;
+    let here = device.driver();
+    let made = &manifest.driver;
+    if (made.version, &made.release) != (here.version, &here.release) {
+        let text = |version, release: &str| match release {
+            "" => format!("API {version}"),
+            r => r.to_string(),
+        };
+        return Err(EngineError::OtherDriver {
+            image: text(made.version, &made.release),
+            here: text(here.version, &here.release),
+        });
+    }
+    if let (Some(entry), Some(path)) = (&manifest.library, &job.library) {
+        // CRIU maps the file again by its path: another build would be entered at the wrong addresses.
+        let same = library_entry(path).is_ok_and(|e| e == *entry);
+        if !same {
+            return Err(EngineError::OtherLibrary { path: path.clone() });
+        }
+    }
+    let gpus = device.gpus()?;
+    let bytes_on = |gpu: usize| {
+        manifest.allocations.iter().filter(|a| a.gpu as usize == gpu).map(|a| a.size).sum::<u64>()
+    };
+    let wanted: Vec<_> = manifest
+        .gpus
+        .iter()
+        .enumerate()
+        .map(|(i, g)| WantedGpu { id: g.uuid, name: g.name.clone(), bytes: bytes_on(i) })
+        .collect();
+    plan::place(&wanted, &gpus).map_err(|w| EngineError::NoGpu {
+        wanted: format!("{} ({})", w.name, w.id),
+        bytes: w.bytes,
+        present: match gpus.as_slice() {
+            [] => "no GPU".into(),
+            some => some
+                .iter()
+                .map(|g| format!("{} ({}) with {} bytes free", g.name, g.id, g.free))
+                .collect::<Vec<_>>()
+                .join(", "),
+        },
+    })
+}
+
+impl Restore {
+    /// Checks everything that could make the restore impossible, allocates, and begins to load.
+    pub fn prepare(job: RestoreJob) -> Result<Self, EngineError> {
+        let image = Arc::new(Image::open(&job.image)?);
+        let device: Arc<dyn Device> = device::cuda::open()?;
+        check(&image, &job, device.as_ref())?;
+        let manifest = &image.manifest;
+        let mut regions = Vec::with_capacity(manifest.allocations.len());
+        for a in &manifest.allocations {
+            let gpu = manifest.gpus[a.gpu as usize].uuid;
+            regions.push(device.allocate(gpu, a.size)?);
+        }
+        let regions = Arc::new(regions);
+        let loading = {
+            let (device, image, regions) = (device.clone(), image.clone(), regions.clone());
+            std::thread::spawn(move || load(&device, &image, &regions))
+        };
+        Ok(Restore { device, job, image, regions, loading })
+    }
+
+    /// The lower runtime has rebuilt the processes, `init_pid` first: gives them their GPU state back.
+    pub fn attach(self, init_pid: i32, progress: &Progress) -> Result<RestoreReport, EngineError> {
+        let manifest = &self.image.manifest;
+        progress.step("wake", 0);
+        let restored = processes::of_container(init_pid)?;
+        let mut sleepers = Vec::new();
+        for (index, wanted) in manifest.processes.iter().enumerate() {
+            let found = restored.iter().find(|p| p.own_pid == wanted.pid);
+            let process = found.ok_or(EngineError::MissingProcess { own_pid: wanted.pid })?;
+            let memory = manifest
+                .allocations
+                .iter()
+                .zip(self.regions.iter())
+                .filter(|(a, _)| a.process as usize == index)
+                .map(|(a, region)| {
+                    let entry = Entry {
+                        id: a.id,
+                        device: region.gpu.0,
+                        address: a.address,
+                        size: a.size,
+                        generation: 0,
+                        class: a.class,
+                        flags: a.flags,
+                    };
+                    let fd = region.fd.as_ref().ok_or(EngineError::Order("memory without an fd"))?;
+                    Ok((entry, fd.as_raw_fd()))
+                })
+                .collect::<Result<_, EngineError>>()?;
+            sleepers.push(Sleeper {
+                process: KeptProcess {
+                    pid: process.pid,
+                    own_pid: process.own_pid,
+                    start_time: process.start_time,
+                    command: process.command.clone(),
+                    has_library: wanted.has_library,
+                    phase: Phase::Detaching,
+                },
+                memory,
+            });
+        }
+        let control = match self.job.control_dir.exists() {
+            true => Some(ControlDir::open(&self.job.control_dir)?),
+            false => None,
+        };
+        let mut load_time = Duration::ZERO;
+        let loading = self.loading;
+        let woken = wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, || {
+            let panicked = |_| Err(EngineError::Order("the load thread panicked"));
+            load_time = loading.join().unwrap_or_else(panicked)?;
+            Ok(())
+        })?;
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        Ok(RestoreReport {
+            processes: manifest.processes.len() as u32,
+            gpu_bytes: manifest.gpu_bytes(),
+            load_ms: ms(load_time),
+            driver_ms: ms(woken.driver),
+            attach_ms: ms(woken.attach_wall),
+            total_ms: ms(Instant::now() - progress.began()),
+            warnings: manifest.warnings.clone(),
+        })
+    }
+}
