@@ -1,1 +1,37 @@
-//! Placeholder.
+//! `libphos.so`: stands in front of the CUDA driver inside the application.
+//!
+//! Loading it does nothing. The first CUDA call loads the real driver; everything goes on to it, most by a bare
+//! jump. What submits work or looks at memory passes the [`gate`]; allocations are made so that they can be
+//! parked ([`memory`], [`vmm`]); a thread that starts with `cuInit` talks to the host ([`control`], [`park`]).
+//!
+//! Nothing here may panic, print (unless `PHOS_LOG` is set) or call an exported function of this library.
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!(
+    "libphos.so is written for x86_64: the trampolines in entry.rs need a version for this processor"
+);
+
+mod contexts;
+mod control;
+mod cuda;
+mod entry;
+mod exports;
+mod fds;
+mod gate;
+mod memory;
+mod park;
+mod proc_address;
+mod real;
+mod small;
+mod table;
+mod vmm;
+
+/// Prints a line to standard error if `PHOS_LOG` is set; otherwise this library is silent.
+macro_rules! log {
+    ($($arg:tt)*) => {
+        if crate::real::verbose() {
+            eprintln!("libphos[{}]: {}", std::process::id(), format_args!($($arg)*));
+        }
+    };
+}
+pub(crate) use log;

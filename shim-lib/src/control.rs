@@ -1,0 +1,242 @@
+//! The control thread: starts with `cuInit`, listens for the host, and while parked knocks at its door.
+
+#![allow(non_snake_case)]
+
+use std::env;
+use std::ffi::CString;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use phos_protocol::message::{Message, failure};
+use phos_protocol::{Connection, TransportError, VERSION, paths};
+
+use crate::cuda::{SUCCESS, Status};
+use crate::park::{Failure, attach, park, send_table, summary};
+use crate::real::api;
+use crate::{fds, gate, table};
+
+/// How long a host may be silent in the middle of a conversation.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How often a parked process looks for the host.
+const KNOCK: Duration = Duration::from_millis(1);
+
+/// The listening socket, for the child of a `fork` to close. -1 if there is none.
+static LISTENER: AtomicI32 = AtomicI32::new(-1);
+
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuInit(flags: u32) -> Status {
+    if !crate::real::present() {
+        return crate::cuda::NO_DEVICE;
+    }
+    // SAFETY: the argument is the caller's.
+    let result = unsafe { (api().init)(flags) };
+    if result == SUCCESS {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(start);
+    }
+    result
+}
+
+extern "C" fn in_child() {
+    fds::close(LISTENER.swap(-1, Ordering::Relaxed));
+    table::close_after_fork();
+    gate::reset_after_fork();
+}
+
+/// The control folder, if this process is meant to be reachable.
+fn folder() -> Option<PathBuf> {
+    let folder = match env::var_os(paths::CONTROL_DIR_ENV).filter(|v| !v.is_empty()) {
+        Some(folder) => PathBuf::from(folder),
+        None => PathBuf::from(paths::CONTROL_DIR),
+    };
+    folder.is_dir().then_some(folder)
+}
+
+fn start() {
+    let Some(folder) = folder() else { return };
+    // SAFETY: the handler only closes fds and writes atomics.
+    unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+    // The thread inherits a mask in which every signal is blocked: none of the application's handlers runs in it.
+    // SAFETY: the sets are initialised before use and belong to this frame.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+        let thread =
+            thread::Builder::new().name("phos-ctl".into()).stack_size(256 << 10).spawn(move || run(&folder));
+        libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
+        if let Err(e) = thread {
+            crate::log!("no control thread: {e}");
+        }
+    }
+}
+
+fn address(path: &Path) -> Option<libc::sockaddr_un> {
+    // SAFETY: an all-zero address is valid.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as _;
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.len() >= address.sun_path.len() {
+        return None;
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = *from as _;
+    }
+    Some(address)
+}
+
+fn seqpacket() -> Option<RawFd> {
+    // SAFETY: a plain system call.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) };
+    (fd >= 0).then(|| fds::raise(fd))
+}
+
+fn listen(path: &Path) -> Option<RawFd> {
+    let address = address(path)?;
+    let name = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let fd = seqpacket()?;
+    // SAFETY: `address` and `name` are valid for the calls; the mode keeps other users of the container away.
+    let listening = unsafe {
+        libc::unlink(name.as_ptr());
+        libc::fchmod(fd, 0o600);
+        libc::bind(fd, (&raw const address).cast(), size_of_val(&address) as u32) == 0
+            && libc::listen(fd, 4) == 0
+    };
+    if !listening {
+        crate::log!("cannot listen at {}: {}", path.display(), std::io::Error::last_os_error());
+        fds::close(fd);
+        return None;
+    }
+    Some(fd)
+}
+
+/// Only root on the host or the process's own user may give orders. In a user namespace the host's root is seen as
+/// the overflow user.
+fn may_command(connection: &Connection) -> bool {
+    const OVERFLOW: u32 = 65534;
+    // SAFETY: always succeeds.
+    let own = unsafe { libc::geteuid() };
+    connection.peer().is_ok_and(|p| p.uid == 0 || p.uid == own || p.uid == OVERFLOW)
+}
+
+fn greeting(parked: bool) -> Message {
+    let mut driver = 0;
+    // SAFETY: `driver` is valid for writing. (While parked the driver is not asked: its state may be away.)
+    if !parked {
+        unsafe { (api().driver_version)(&mut driver) };
+    }
+    let generation = table::lock().generation;
+    Message::HelloAck { version: VERSION, pid: std::process::id() as i32, parked, driver, generation }
+}
+
+/// Talks to a host while the application runs. Returns whether the process is parked now.
+fn converse(connection: &Connection) -> Result<bool, Failure> {
+    connection.set_timeout(Some(SILENCE))?;
+    loop {
+        let message = match connection.receive() {
+            Ok((message, _)) => message,
+            Err(TransportError::Closed) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        };
+        match message {
+            Message::Hello { version } if version == VERSION => connection.send(&greeting(false), &[])?,
+            // The host says what does not fit, and ends the conversation.
+            Message::Hello { .. } => connection.send(&greeting(false), &[])?,
+            Message::Query => connection.send(&Message::Summary(summary()), &[])?,
+            Message::Table { since } => send_table(connection, since)?,
+            Message::Park { since, drain_timeout_ms, flags } => {
+                let timings = park(connection, since, Duration::from_millis(drain_timeout_ms.into()), flags)?;
+                // If the host does not hear this it finds out by itself; the process is parked either way.
+                let _ = connection.send(&Message::Parked(timings), &[]);
+                return Ok(true);
+            }
+            _ => return Err(Failure::Answer(failure::PROTOCOL, "unexpected message".into())),
+        }
+    }
+}
+
+fn report(connection: &Connection, failure: Failure) {
+    match failure {
+        Failure::Answer(code, text) => {
+            crate::log!("{text}");
+            let _ = connection.send(&Message::Failed { code, text }, &[]);
+        }
+        Failure::Connection(e) => crate::log!("control connection: {e}"),
+    }
+}
+
+/// Knocks until the host has given everything back.
+fn wait_for_host(folder: &Path) {
+    let Some(address) = address(&folder.join(paths::HOST_SOCKET)) else { return };
+    loop {
+        thread::sleep(KNOCK);
+        let Some(fd) = seqpacket() else { continue };
+        // SAFETY: `address` is valid for the call; the fd is owned by `connection` from here on.
+        let (connected, connection) = unsafe {
+            let r = libc::connect(fd, (&raw const address).cast(), size_of_val(&address) as u32);
+            (r == 0, Connection::new(OwnedFd::from_raw_fd(fd)))
+        };
+        if !connected || !may_command(&connection) {
+            continue;
+        }
+        let result = (|| {
+            connection.set_timeout(Some(SILENCE))?;
+            connection.send(&greeting(true), &[])?;
+            attach(&connection)
+        })();
+        match result {
+            Ok(timings) => {
+                let _ = connection.send(&Message::Attached(timings), &[]);
+                return;
+            }
+            Err(failure) => report(&connection, failure),
+        }
+    }
+}
+
+fn run(folder: &Path) {
+    // SAFETY: always succeeds.
+    let pid = unsafe { libc::getpid() };
+    let path = folder.join(paths::library_socket(pid));
+    loop {
+        let Some(listener) = listen(&path) else { return };
+        LISTENER.store(listener, Ordering::Relaxed);
+        let parked = loop {
+            // SAFETY: a plain system call on a socket this thread owns.
+            let fd = unsafe {
+                libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+            };
+            if fd < 0 {
+                if std::io::Error::last_os_error().raw_os_error() == Some(libc::EBADF) {
+                    break false;
+                }
+                thread::sleep(KNOCK);
+                continue;
+            }
+            // SAFETY: accept4 just returned this fd.
+            let connection = Connection::new(unsafe { OwnedFd::from_raw_fd(fds::raise(fd)) });
+            if !may_command(&connection) {
+                continue;
+            }
+            match converse(&connection) {
+                Ok(true) => break true,
+                Ok(false) => {}
+                Err(failure) => report(&connection, failure),
+            }
+        };
+        // Nothing may be left open that the host's checkpoint of this process would stumble over.
+        fds::close(LISTENER.swap(-1, Ordering::Relaxed));
+        let _ = std::fs::remove_file(&path);
+        if parked {
+            wait_for_host(folder);
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! All exported functions in one place: the generated ones and those written by hand.
+
+#![allow(non_snake_case)]
+
+pub use crate::contexts::{cuCtxCreate_v2, cuCtxCreate_v3, cuCtxCreate_v4, cuCtxDestroy_v2};
+pub use crate::control::cuInit;
+use crate::entry::{Wrapper, gated, trampoline};
+pub use crate::memory::{
+    cuIpcGetMemHandle, cuMemAlloc_v2, cuMemAllocAsync, cuMemAllocAsync_ptsz, cuMemAllocFromPoolAsync,
+    cuMemAllocFromPoolAsync_ptsz, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2,
+    cuMemGetAddressRange_v2, cuMemHostAlloc, cuPointerGetAttribute,
+};
+pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_v2};
+pub use crate::vmm::{
+    cuMemCreate, cuMemExportToShareableHandle, cuMemGetAllocationPropertiesFromHandle,
+    cuMemImportFromShareableHandle, cuMemMap, cuMemRelease, cuMemRetainAllocationHandle, cuMemSetAccess,
+    cuMemUnmap, cuMulticastCreate,
+};
+
+include!(concat!(env!("OUT_DIR"), "/entry_points.rs"));

@@ -1,0 +1,265 @@
+//! The gate: stops new GPU work in every thread, at the cost of a few nanoseconds while it is open.
+//!
+//! Every thread has a mark of its own that says how deep it is inside the driver. Entering sets the mark, then looks at
+//! the gate; closing sets the gate, then looks at the marks. Between the two steps of a side a memory barrier is
+//! needed, and only the closing side pays for it: `membarrier(2)` makes every running thread execute one.
+
+use std::cell::Cell;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+use std::time::{Duration, Instant};
+
+const OPEN: u32 = 0;
+const CLOSED: u32 = 1;
+
+/// [`OPEN`] or [`CLOSED`]; the futex that waiting threads sleep on.
+static GATE: AtomicU32 = AtomicU32::new(OPEN);
+/// `membarrier` does not work here: entering threads pay for a barrier themselves.
+static FENCED: AtomicBool = AtomicBool::new(false);
+
+/// A thread's mark. A cache line of its own.
+#[repr(align(128))]
+struct Slot {
+    depth: AtomicU32,
+    taken: AtomicBool,
+    launches: AtomicU64,
+}
+
+static SLOTS: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
+
+thread_local! {
+    static SLOT: Cell<Option<&'static Slot>> = const { Cell::new(None) };
+    static GUARD: Owner = const { Owner(Cell::new(None)) };
+}
+
+/// Gives the slot back when its thread ends.
+struct Owner(Cell<Option<&'static Slot>>);
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        if let Some(slot) = self.0.take() {
+            let _ = SLOT.try_with(|s| s.set(None));
+            slot.taken.store(false, Ordering::Release);
+        }
+    }
+}
+
+#[cold]
+fn register() -> &'static Slot {
+    let mut slots = SLOTS.lock().unwrap_or_else(|e| e.into_inner());
+    let free = slots
+        .iter()
+        .find(|s| s.taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok());
+    let slot = match free {
+        Some(slot) => *slot,
+        None => {
+            let slot: &'static Slot = Box::leak(Box::new(Slot {
+                depth: AtomicU32::new(0),
+                taken: AtomicBool::new(true),
+                launches: AtomicU64::new(0),
+            }));
+            slots.push(slot);
+            slot
+        }
+    };
+    drop(slots);
+    SLOT.with(|s| s.set(Some(slot)));
+    // A thread that is already ending keeps its slot for ever; there are few of those.
+    let _ = GUARD.try_with(|g| g.0.set(Some(slot)));
+    slot
+}
+
+/// A thread's leave to be inside the driver.
+pub struct Pass(&'static Slot);
+
+impl Drop for Pass {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let depth = self.0.depth.load(Ordering::Relaxed);
+        // Release: whoever sees the mark gone sees what the driver did for this call.
+        self.0.depth.store(depth - 1, Ordering::Release);
+    }
+}
+
+/// Enters, waiting while the gate is closed. A thread that is inside already enters again at once.
+#[inline(always)]
+pub fn gate() -> Pass {
+    let slot = SLOT.get().unwrap_or_else(register);
+    let depth = slot.depth.load(Ordering::Relaxed);
+    slot.depth.store(depth + 1, Ordering::Relaxed);
+    compiler_fence(Ordering::SeqCst);
+    if FENCED.load(Ordering::Relaxed) {
+        fence(Ordering::SeqCst);
+    }
+    if depth == 0 && GATE.load(Ordering::Acquire) != OPEN {
+        wait(slot);
+    }
+    Pass(slot)
+}
+
+/// Enters and counts a launch.
+#[inline(always)]
+pub fn launch() -> Pass {
+    let pass = gate();
+    // Only this thread writes its counter.
+    pass.0.launches.store(pass.0.launches.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    pass
+}
+
+#[cold]
+fn wait(slot: &Slot) {
+    loop {
+        slot.depth.store(0, Ordering::Release);
+        // SAFETY: a futex wait on a static word, without a timeout.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                GATE.as_ptr(),
+                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
+                CLOSED,
+                std::ptr::null::<libc::timespec>(),
+            );
+        }
+        slot.depth.store(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        if GATE.load(Ordering::Acquire) == OPEN {
+            return;
+        }
+    }
+}
+
+/// `membarrier` commands of linux/membarrier.h.
+const PRIVATE_EXPEDITED: i32 = 1 << 3;
+const REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
+
+/// Makes every thread of the process pass a full barrier.
+fn barrier() {
+    // The registration belongs to the address space and is lost with it: after a restore it must be made anew.
+    // SAFETY: membarrier touches no memory of ours.
+    let done = unsafe {
+        libc::syscall(libc::SYS_membarrier, REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0
+            && libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED, 0, 0) == 0
+    };
+    if !done {
+        FENCED.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        // A thread that read FENCED just before may be between its two steps; it gets out of them in this time.
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Closes the gate and waits until no thread is inside. If that takes longer than `patience` the gate is opened
+/// again and `false` returned.
+pub fn close(patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    GATE.store(CLOSED, Ordering::SeqCst);
+    barrier();
+    let mut rounds = 0u32;
+    loop {
+        let inside = {
+            let slots = SLOTS.lock().unwrap_or_else(|e| e.into_inner());
+            slots.iter().any(|s| s.depth.load(Ordering::Acquire) != 0)
+        };
+        if !inside {
+            return true;
+        }
+        if Instant::now() > deadline {
+            open();
+            return false;
+        }
+        rounds += 1;
+        if rounds > 1000 {
+            std::thread::sleep(Duration::from_micros(50));
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Opens the gate and wakes everyone who waits.
+pub fn open() {
+    GATE.store(OPEN, Ordering::SeqCst);
+    // SAFETY: a futex wake on a static word.
+    unsafe {
+        libc::syscall(libc::SYS_futex, GATE.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX);
+    }
+}
+
+/// In a child after `fork`: its one thread is inside nothing, and the gate's state was the parent's.
+pub fn reset_after_fork() {
+    GATE.store(OPEN, Ordering::SeqCst);
+    if let Ok(slots) = SLOTS.try_lock() {
+        slots.iter().for_each(|s| s.depth.store(0, Ordering::Relaxed));
+    }
+}
+
+/// Launches counted in all threads so far.
+pub fn launches() -> u64 {
+    let slots = SLOTS.lock().unwrap_or_else(|e| e.into_inner());
+    slots.iter().map(|s| s.launches.load(Ordering::Relaxed)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicI64;
+
+    use super::*;
+
+    /// Threads hammer the gate while another one closes and opens it: no thread may be inside while it is closed, and
+    /// nobody may be stuck.
+    #[test]
+    fn nobody_is_inside_a_closed_gate() {
+        let inside = Arc::new(AtomicI64::new(0));
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads: Vec<_> = (0..8)
+            .map(|_| {
+                let (inside, stop) = (inside.clone(), stop.clone());
+                std::thread::spawn(move || {
+                    let mut passes = 0u64;
+                    while !stop.load(Ordering::Relaxed) {
+                        let pass = gate();
+                        inside.fetch_add(1, Ordering::SeqCst);
+                        let nested = launch();
+                        std::hint::spin_loop();
+                        drop(nested);
+                        inside.fetch_sub(1, Ordering::SeqCst);
+                        drop(pass);
+                        passes += 1;
+                    }
+                    passes
+                })
+            })
+            .collect();
+        let before = launches();
+        for _ in 0..500 {
+            assert!(close(Duration::from_secs(20)));
+            for _ in 0..20 {
+                assert_eq!(inside.load(Ordering::SeqCst), 0);
+                std::thread::yield_now();
+            }
+            open();
+            std::thread::yield_now();
+        }
+        stop.store(true, Ordering::Relaxed);
+        let passes: u64 = threads.into_iter().map(|t| t.join().unwrap()).sum();
+        assert!(passes > 0);
+        assert_eq!(launches() - before, passes);
+
+        // A thread that stays inside makes closing give up, and the gate is open afterwards.
+        let (enter, entered) = std::sync::mpsc::channel();
+        let (leave, left) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let _pass = gate();
+            enter.send(()).unwrap();
+            let _ = left.recv();
+        });
+        entered.recv().unwrap();
+        assert!(!close(Duration::from_millis(20)));
+        drop(gate());
+        leave.send(()).unwrap();
+        thread.join().unwrap();
+        assert!(close(Duration::from_secs(20)));
+        open();
+    }
+}

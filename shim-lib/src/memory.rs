@@ -1,0 +1,373 @@
+//! Plain allocations, backed by memory that can be parked; and what is only counted.
+
+#![allow(non_snake_case)]
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use phos_protocol::message::{CLASS_PLAIN, CLASS_SMALL, FLAG_RDMA};
+
+use crate::cuda::{
+    ACCESS_READ_WRITE, ALLOCATION_PINNED, ATTRIBUTE_RANGE_SIZE, ATTRIBUTE_RANGE_START, AccessDesc,
+    AllocationProp, Context, DEVICE_FD, DEVICE_RDMA_VMM, DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD,
+    INVALID_VALUE, LOCATION_DEVICE, Location, OUT_OF_MEMORY, SUCCESS, Status, Stream,
+};
+use crate::real::api;
+use crate::small::{BLOCK, LARGEST};
+use crate::table::{self, Mapping, Physical, Plain};
+use crate::{fds, gate};
+
+/// What matters about a device.
+#[derive(Clone, Copy)]
+pub struct DeviceFacts {
+    pub uuid: [u8; 16],
+    /// Memory on it can be made parkable.
+    pub parkable: bool,
+    /// Memory for GPUDirect must be asked for.
+    pub rdma: bool,
+}
+
+/// Asks the driver once for each device.
+pub fn device_facts(device: DeviceOrdinal) -> DeviceFacts {
+    static KNOWN: Mutex<Option<HashMap<DeviceOrdinal, DeviceFacts>>> = Mutex::new(None);
+    let mut known = KNOWN.lock().unwrap_or_else(|e| e.into_inner());
+    *known.get_or_insert_default().entry(device).or_insert_with(|| {
+        let attribute = |which| {
+            let mut value = 0;
+            // SAFETY: `value` is valid for writing.
+            let result = unsafe { (api().device_attribute)(&mut value, which, device) };
+            result == SUCCESS && value != 0
+        };
+        let mut uuid = [0; 16];
+        // SAFETY: `uuid` is valid for writing.
+        let named = unsafe { (api().device_uuid)(&mut uuid, device) } == SUCCESS;
+        DeviceFacts {
+            uuid,
+            parkable: named && attribute(DEVICE_VMM) && attribute(DEVICE_FD),
+            rdma: attribute(DEVICE_RDMA_VMM),
+        }
+    })
+}
+
+/// Properties of plain memory on a device.
+fn properties(device: DeviceOrdinal, rdma: bool) -> AllocationProp {
+    AllocationProp {
+        kind: ALLOCATION_PINNED,
+        handle_types: HANDLE_FD,
+        location: Location { kind: LOCATION_DEVICE, id: device },
+        win32: ptr::null_mut(),
+        compression: 0,
+        rdma: u8::from(rdma),
+        usage: 0,
+        reserved: [0; 4],
+    }
+}
+
+/// Makes `size` bytes (a multiple of [`BLOCK`]) of parkable memory on `device`, mapped and accessible.
+fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Status> {
+    let (api, facts) = (api(), device_facts(device));
+    let check = |status| if status == SUCCESS { Ok(()) } else { Err(status) };
+    let mut handle = 0;
+    // SAFETY (this function): every pointer is valid for its call; what was made is undone if a later step fails.
+    unsafe { check((api.create)(&mut handle, size, &properties(device, facts.rdma), 0))? };
+    let mut fd = -1;
+    let mut address = 0;
+    let result = (|| {
+        // SAFETY: as above.
+        unsafe {
+            check((api.export)((&raw mut fd).cast(), handle, HANDLE_FD, 0))?;
+            fd = fds::raise(fd);
+            check((api.reserve)(&mut address, size, 0, 0, 0))?;
+            check((api.map)(address, size, 0, handle, 0))?;
+            let access = AccessDesc {
+                location: Location { kind: LOCATION_DEVICE, id: device },
+                flags: ACCESS_READ_WRITE,
+            };
+            check((api.set_access)(address, size, &access, 1)).inspect_err(|_| {
+                (api.unmap)(address, size);
+            })?;
+            Ok(access)
+        }
+    })();
+    // The mapping keeps the memory; the handle is not needed until it is mapped again.
+    // SAFETY: as above.
+    unsafe { (api.release)(handle) };
+    match result {
+        Ok(access) => {
+            let mut table = table::lock();
+            let physical = table.insert(Physical {
+                handle: 0,
+                fd,
+                size: size as u64,
+                uuid: facts.uuid,
+                class,
+                flags: if facts.rdma { FLAG_RDMA } else { 0 },
+                references: 0,
+                mappings: 0,
+                generation: 0,
+                asked_types: 0,
+                shared: false,
+            });
+            table.insert_mapping(address, Mapping { len: size, physical, access: vec![access] });
+            Ok(address)
+        }
+        Err(status) => {
+            fds::close(fd);
+            if address != 0 {
+                // SAFETY: reserved above, nothing is mapped there.
+                unsafe { (api.unreserve)(address, size) };
+            }
+            Err(status)
+        }
+    }
+}
+
+/// Unmaps what [`make`] made.
+fn unmake(address: DevicePtr, size: usize) -> Status {
+    // SAFETY: `make` mapped exactly this.
+    unsafe {
+        let result = (api().unmap)(address, size);
+        if result == SUCCESS {
+            table::lock().remove_mappings(address, size);
+            (api().unreserve)(address, size);
+        }
+        result
+    }
+}
+
+/// Allocates `size` bytes in the current context, or says that the driver should.
+fn allocate(size: usize) -> Result<Option<DevicePtr>, Status> {
+    let api = api();
+    let (mut device, mut context) = (0, ptr::null_mut());
+    // SAFETY: both pointers are valid for writing.
+    unsafe {
+        let result = (api.ctx_device)(&mut device);
+        if result != SUCCESS {
+            return Err(result);
+        }
+        (api.ctx_get)(&mut context);
+    }
+    if size == 0 || !device_facts(device).parkable {
+        return Ok(None);
+    }
+    if size as u64 <= LARGEST {
+        let home = (device, context as usize);
+        if let Some(pointer) = table::lock().small.allocate(home, size as u64) {
+            return Ok(Some(pointer));
+        }
+        let block = make(device, BLOCK as usize, CLASS_SMALL)?;
+        let mut table = table::lock();
+        table.small.add(home, block);
+        return Ok(table.small.allocate(home, size as u64));
+    }
+    let reserved = size.checked_next_multiple_of(BLOCK as usize).ok_or(OUT_OF_MEMORY)?;
+    let pointer = make(device, reserved, CLASS_PLAIN)?;
+    table::lock().plain.insert(pointer, Plain { size, reserved, context: context as usize });
+    Ok(Some(pointer))
+}
+
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(pointer: *mut DevicePtr, size: usize) -> Status {
+    let _pass = gate::gate();
+    if pointer.is_null() {
+        return INVALID_VALUE;
+    }
+    match allocate(size) {
+        Ok(Some(address)) => {
+            // SAFETY: the caller's pointer, checked not to be null.
+            unsafe { *pointer = address };
+            SUCCESS
+        }
+        Ok(None) => {
+            // SAFETY: the arguments are the caller's.
+            let result = unsafe { (api().alloc)(pointer, size) };
+            if result == SUCCESS {
+                table::UNPARKABLE.fetch_add(size as u64, Ordering::Relaxed);
+            }
+            result
+        }
+        Err(status) => status,
+    }
+}
+
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAllocPitch_v2(
+    pointer: *mut DevicePtr,
+    pitch: *mut usize,
+    width: usize,
+    height: usize,
+    element: u32,
+) -> Status {
+    /// Row alignment the driver uses on all current devices (`CU_DEVICE_ATTRIBUTE_TEXTURE_PITCH_ALIGNMENT` is less).
+    const PITCH: usize = 512;
+    let rows = width.checked_next_multiple_of(PITCH).and_then(|p| Some((p, p.checked_mul(height)?)));
+    let valid =
+        !pointer.is_null() && !pitch.is_null() && width > 0 && height > 0 && matches!(element, 4 | 8 | 16);
+    let Some((row, size)) = rows.filter(|_| valid) else {
+        // The driver knows best what is wrong. SAFETY: the arguments are the caller's.
+        return unsafe { (api().alloc_pitch)(pointer, pitch, width, height, element) };
+    };
+    // SAFETY: `pointer` was checked.
+    let result = unsafe { cuMemAlloc_v2(pointer, size) };
+    if result == SUCCESS {
+        // SAFETY: `pitch` was checked.
+        unsafe { *pitch = row };
+    }
+    result
+}
+
+/// Waits for the work of the context in which memory was allocated: freeing implies it.
+fn synchronize(context: usize) {
+    // SAFETY: the context was current when the memory was allocated; a dead one makes the push fail.
+    unsafe {
+        if (api().ctx_push)(context as Context) == SUCCESS {
+            (api().ctx_synchronize)();
+            let mut popped = ptr::null_mut();
+            (api().ctx_pop)(&mut popped);
+        }
+    }
+}
+
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFree_v2(pointer: DevicePtr) -> Status {
+    let _pass = gate::gate();
+    let plain = table::lock().plain.get(&pointer).copied();
+    if let Some(plain) = plain {
+        synchronize(plain.context);
+        table::lock().plain.remove(&pointer);
+        return unmake(pointer, plain.reserved);
+    }
+    if table::lock().small.holds(pointer) {
+        let mut current = ptr::null_mut();
+        // SAFETY: `current` is valid for writing.
+        unsafe { (api().ctx_get)(&mut current) };
+        synchronize(current as usize);
+        let empty = table::lock().small.free(pointer);
+        return empty.map_or(SUCCESS, |block| unmake(block, BLOCK as usize));
+    }
+    // SAFETY: the argument is the caller's.
+    unsafe { (api().free)(pointer) }
+}
+
+/// Frees what was allocated in a context that is gone.
+pub fn free_context(context: usize) {
+    let (plain, blocks) = {
+        let mut table = table::lock();
+        let gone: Vec<_> =
+            table.plain.iter().filter(|(_, p)| p.context == context).map(|(a, p)| (*a, p.reserved)).collect();
+        for (address, _) in &gone {
+            table.plain.remove(address);
+        }
+        (gone, table.small.drop_context(context))
+    };
+    plain.into_iter().chain(blocks.into_iter().map(|b| (b, BLOCK as usize))).for_each(|(address, size)| {
+        unmake(address, size);
+    });
+}
+
+/// Start and size of the plain or small allocation that contains `address`, as the application asked for it.
+fn range(address: DevicePtr) -> Option<(DevicePtr, usize)> {
+    let table = table::lock();
+    if let Some((start, size)) = table.small.range(address) {
+        return Some((start, size as usize));
+    }
+    let (start, _) = table.mappings.range(..=address).next_back()?;
+    let plain = table.plain.get(start)?;
+    (address - start < plain.size as u64).then_some((*start, plain.size))
+}
+
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetAddressRange_v2(
+    base: *mut DevicePtr,
+    size: *mut usize,
+    pointer: DevicePtr,
+) -> Status {
+    let _pass = gate::gate();
+    let Some((start, len)) = range(pointer) else {
+        // SAFETY: the arguments are the caller's.
+        return unsafe { (api().address_range)(base, size, pointer) };
+    };
+    // SAFETY: either pointer may be null, otherwise it is the caller's for writing.
+    unsafe {
+        if !base.is_null() {
+            *base = start;
+        }
+        if !size.is_null() {
+            *size = len;
+        }
+    }
+    SUCCESS
+}
+
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuPointerGetAttribute(
+    data: *mut c_void,
+    attribute: u32,
+    pointer: DevicePtr,
+) -> Status {
+    let _pass = gate::gate();
+    if !data.is_null()
+        && matches!(attribute, ATTRIBUTE_RANGE_START | ATTRIBUTE_RANGE_SIZE)
+        && let Some((start, len)) = range(pointer)
+    {
+        let value = if attribute == ATTRIBUTE_RANGE_START { start } else { len as u64 };
+        // SAFETY: both attributes are 8 bytes wide, and `data` is the caller's for writing them.
+        unsafe { data.cast::<u64>().write_unaligned(value) };
+        return SUCCESS;
+    }
+    // SAFETY: the arguments are the caller's.
+    unsafe { (api().pointer_attribute)(data, attribute, pointer) }
+}
+
+/// An allocation that stays the driver's and is only counted.
+macro_rules! counted {
+    ($name:ident, $api:ident, $counter:ident, $size:ident, $($arg:ident: $type:ty),*) => {
+        /// # Safety
+        /// As the driver's function.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> Status {
+            let _pass = gate::gate();
+            // SAFETY: the arguments are the caller's.
+            let result = unsafe { (api().$api)($($arg),*) };
+            if result == SUCCESS {
+                let counter: &AtomicU64 = &table::$counter;
+                counter.fetch_add($size as u64, Ordering::Relaxed);
+            }
+            result
+        }
+    };
+}
+
+counted!(cuMemAllocManaged, alloc_managed, MANAGED, size, pointer: *mut DevicePtr, size: usize, flags: u32);
+counted!(cuMemAllocAsync, alloc_async, POOLED, size, pointer: *mut DevicePtr, size: usize, stream: Stream);
+counted!(cuMemAllocAsync_ptsz, alloc_async_ptsz, POOLED, size, pointer: *mut DevicePtr, size: usize, stream: Stream);
+counted!(cuMemAllocFromPoolAsync, alloc_pool, POOLED, size, pointer: *mut DevicePtr, size: usize, pool: *mut c_void, stream: Stream);
+counted!(cuMemAllocFromPoolAsync_ptsz, alloc_pool_ptsz, POOLED, size, pointer: *mut DevicePtr, size: usize, pool: *mut c_void, stream: Stream);
+counted!(cuMemAllocHost_v2, alloc_host, PINNED, size, pointer: *mut *mut c_void, size: usize);
+counted!(cuMemHostAlloc, host_alloc, PINNED, size, pointer: *mut *mut c_void, size: usize, flags: u32);
+
+/// # Safety
+/// As the driver's function. (It fails on memory this library made; a program then takes another way.)
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuIpcGetMemHandle(handle: *mut c_void, pointer: DevicePtr) -> Status {
+    let _pass = gate::gate();
+    // SAFETY: the arguments are the caller's.
+    let result = unsafe { (api().ipc_get)(handle, pointer) };
+    if result == SUCCESS {
+        table::IPC.fetch_add(1, Ordering::Relaxed);
+    }
+    result
+}

@@ -1,0 +1,307 @@
+//! Parking: GPU work is stopped, memory handed over and let go; and the way back.
+
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use phos_protocol::message::{Entry, Message, PARK_LOW_STACK, Summary, Timings, failure};
+use phos_protocol::{Connection, MAX_FDS, TransportError};
+
+use crate::contexts;
+use crate::cuda::{CAPTURE_RELAXED, Context, HANDLE_FD, LIMIT_STACK_SIZE, SUCCESS, Status};
+use crate::real::api;
+use crate::table::{self, Table};
+use crate::{fds, gate};
+use std::sync::atomic::Ordering;
+
+/// Why a request failed: code and text of [`Message::Failed`]; or the connection did.
+pub enum Failure {
+    Answer(u32, String),
+    Connection(TransportError),
+}
+
+impl From<TransportError> for Failure {
+    fn from(e: TransportError) -> Self {
+        Failure::Connection(e)
+    }
+}
+
+fn cuda(call: &str, status: Status) -> Failure {
+    Failure::Answer(failure::CUDA, format!("{call} failed with CUDA error {status}"))
+}
+
+/// A stack limit that costs the driver next to nothing to save.
+const LOW_STACK: usize = 16;
+
+/// Lets this thread call the driver while another one captures a stream.
+fn relax_capture() {
+    let mut mode = CAPTURE_RELAXED;
+    // SAFETY: `mode` is valid for reading and writing.
+    unsafe { (api().capture_mode)(&mut mode) };
+}
+
+/// Waits until every context is idle; `false` if that takes longer than `patience`.
+fn drain(patience: Duration) -> Result<bool, Failure> {
+    let (done, result) = mpsc::channel();
+    // The driver's wait has no limit, so it happens in a thread that can be left behind.
+    let spawned = thread::Builder::new().name("phos-drain".into()).spawn(move || {
+        relax_capture();
+        let all = contexts::all();
+        let mut status = SUCCESS;
+        for context in &all.contexts {
+            // SAFETY: `all` keeps the contexts alive.
+            unsafe {
+                if (api().ctx_set)(*context) == SUCCESS {
+                    status = status.max((api().ctx_synchronize)());
+                }
+            }
+        }
+        // SAFETY: no context is current afterwards.
+        unsafe { (api().ctx_set)(std::ptr::null_mut()) };
+        let _ = done.send(status);
+    });
+    if let Err(e) = spawned {
+        return Err(Failure::Answer(failure::SYSTEM, format!("no thread to wait for the GPU: {e}")));
+    }
+    match result.recv_timeout(patience) {
+        Ok(SUCCESS) => Ok(true),
+        Ok(status) => Err(cuda("cuCtxSynchronize", status)),
+        Err(_) => Ok(false),
+    }
+}
+
+/// What the process holds, and what prevents its checkpoint.
+pub fn summary() -> Summary {
+    let table = table::lock();
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    let mut summary = Summary {
+        entries: table.physical.len() as u64,
+        driver_bytes: load(&table::UNPARKABLE) + load(&table::POOLED),
+        pinned_bytes: load(&table::PINNED),
+        allocations: table.plain.len() as u64 + table.small.count(),
+        launches: gate::launches(),
+        ..Summary::default()
+    };
+    for p in table.physical.values() {
+        if let Some(bytes) = summary.parked_bytes.get_mut(p.class as usize) {
+            *bytes += p.size;
+        }
+    }
+    summary.blockers = blockers(&table);
+    summary
+}
+
+fn blockers(table: &Table) -> Vec<String> {
+    let mut blockers = Vec::new();
+    let managed = table::MANAGED.load(Ordering::Relaxed);
+    if managed > 0 {
+        blockers.push(format!("it has used {managed} bytes of managed memory (cuMemAllocManaged), which the driver cannot checkpoint"));
+    }
+    if table::FOREIGN.load(Ordering::Relaxed) > 0 {
+        blockers.push("it has used virtual-memory handles of a kind that cannot be parked (host memory, fabric or multicast)".into());
+    }
+    if table::IPC.load(Ordering::Relaxed) > 0 {
+        blockers.push("it shares memory with other processes by CUDA IPC".into());
+    }
+    if table.physical.values().any(|p| p.fd < 0) {
+        blockers.push("the driver did not export one of its allocations".into());
+    }
+    if table.physical.values().any(|p| p.shared) {
+        blockers.push("it shares memory with other processes by file descriptor".into());
+    }
+    blockers
+}
+
+/// Sends what changed after `since`.
+pub fn send_table(connection: &Connection, since: u64) -> Result<(), Failure> {
+    // The fds are copied under the lock: the application may free the memory, and reuse the number, meanwhile.
+    let (entries, removed, generation, live) = {
+        let mut table = table::lock();
+        table.trim_removed();
+        let entries: Vec<(Entry, OwnedFd)> = table
+            .entries_since(since)
+            .into_iter()
+            .filter_map(|(entry, fd)| {
+                // SAFETY: a copy of an fd this library owns; the copy is owned by what is returned.
+                unsafe {
+                    let copy = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, fd);
+                    (copy >= 0).then(|| (entry, std::os::fd::FromRawFd::from_raw_fd(copy)))
+                }
+            })
+            .collect();
+        (entries, table.removed_since(since), table.generation, table.physical.len() as u64)
+    };
+    for batch in entries.chunks(MAX_FDS) {
+        let fds: Vec<_> = batch.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+        connection.send(&Message::Entries(batch.iter().map(|(e, _)| *e).collect()), &fds)?;
+    }
+    for ids in removed.chunks(1024) {
+        connection.send(&Message::Removed(ids.to_vec()), &[])?;
+    }
+    connection.send(&Message::TableEnd { generation, live }, &[])?;
+    Ok(())
+}
+
+/// Stops all GPU work, hands the memory over and lets it go. On failure everything is as before.
+pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32) -> Result<Timings, Failure> {
+    relax_capture();
+    let begin = Instant::now();
+    if !gate::close(patience) {
+        return Err(Failure::Answer(failure::BUSY, "a thread stayed inside a driver call".into()));
+    }
+    let result = drain(patience.saturating_sub(begin.elapsed())).and_then(|idle| {
+        if !idle {
+            return Err(Failure::Answer(failure::BUSY, "the GPU is still working".into()));
+        }
+        if let Some(reason) = blockers(&table::lock()).into_iter().next() {
+            return Err(Failure::Answer(failure::UNSUPPORTED, reason));
+        }
+        let drained = Instant::now();
+        send_table(connection, since)?;
+        match connection.receive()?.0 {
+            Message::Taken => Ok((drained, Instant::now())),
+            _ => Err(Failure::Answer(failure::PROTOCOL, "expected Taken".into())),
+        }
+    });
+    let (drained, taken) = match result {
+        Ok(times) => times,
+        Err(e) => {
+            gate::open();
+            return Err(e);
+        }
+    };
+    let mut table = table::lock();
+    if flags & PARK_LOW_STACK != 0 {
+        lower_stacks(&mut table);
+    }
+    release(&mut table)?;
+    let us = |from: Instant, to: Instant| (to - from).as_micros() as u64;
+    Ok(Timings {
+        drain_us: us(begin, drained),
+        transfer_us: us(drained, taken),
+        map_us: us(taken, Instant::now()),
+    })
+}
+
+/// Lowers every context's stack limit and remembers what it was.
+fn lower_stacks(table: &mut Table) {
+    let all = contexts::all();
+    for context in &all.contexts {
+        let mut before = 0;
+        // SAFETY: `all` keeps the contexts alive; `before` is valid for writing.
+        unsafe {
+            if (api().ctx_set)(*context) == SUCCESS
+                && (api().ctx_get_limit)(&mut before, LIMIT_STACK_SIZE) == SUCCESS
+                && (api().ctx_set_limit)(LIMIT_STACK_SIZE, LOW_STACK) == SUCCESS
+            {
+                table.stack_limits.push((*context as usize, before));
+            }
+        }
+    }
+    // SAFETY: no context is current afterwards.
+    unsafe { (api().ctx_set)(std::ptr::null_mut()) };
+}
+
+/// Sets the stack limits again.
+fn raise_stacks(table: &mut Table) {
+    for (context, limit) in table.stack_limits.drain(..) {
+        // SAFETY: the contexts lived when the process was parked, and nothing can have destroyed them since.
+        unsafe {
+            if (api().ctx_set)(context as Context) == SUCCESS {
+                (api().ctx_set_limit)(LIMIT_STACK_SIZE, limit);
+            }
+        }
+    }
+    // SAFETY: no context is current afterwards.
+    unsafe { (api().ctx_set)(std::ptr::null_mut()) };
+}
+
+/// Unmaps and releases everything; the host's fds alone keep it alive.
+fn release(table: &mut Table) -> Result<(), Failure> {
+    let mut failed = None;
+    for (address, mapping) in &table.mappings {
+        // SAFETY: mapped by this process, and no work is running that could use it.
+        let status = unsafe { (api().unmap)(*address, mapping.len) };
+        if status != SUCCESS {
+            failed = Some(cuda("cuMemUnmap", status));
+        }
+    }
+    for physical in table.physical.values_mut() {
+        if physical.handle != 0 {
+            // SAFETY: the table holds the only reference to the driver's handle.
+            unsafe { (api().release)(physical.handle) };
+            physical.handle = 0;
+        }
+        fds::close(physical.fd);
+        physical.fd = -1;
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+/// Receives the fds again, maps everything where it was and opens the gate.
+pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
+    relax_capture();
+    let begin = Instant::now();
+    let protocol = |text: &str| Failure::Answer(failure::PROTOCOL, text.into());
+    let Message::Attach { handles } = connection.receive()?.0 else {
+        return Err(protocol("expected Attach"));
+    };
+    let mut table = table::lock();
+    if handles != table.physical.len() as u64 {
+        let text = format!("{handles} allocations offered, {} were parked", table.physical.len());
+        return Err(protocol(&text));
+    }
+    let mut received = 0;
+    while received < handles {
+        let (message, fds) = connection.receive()?;
+        let Message::Entries(entries) = message else { return Err(protocol("expected Entries")) };
+        for (entry, fd) in entries.into_iter().zip(fds) {
+            let Some(physical) = table.physical.get_mut(&entry.id).filter(|p| p.fd < 0) else {
+                return Err(protocol("an allocation that was not parked"));
+            };
+            physical.fd = fds::raise(fd.into_raw_fd());
+            received += 1;
+        }
+    }
+    let transferred = Instant::now();
+    map_again(&mut table)?;
+    raise_stacks(&mut table);
+    drop(table);
+    gate::open();
+    Ok(Timings {
+        drain_us: 0,
+        transfer_us: (transferred - begin).as_micros() as u64,
+        map_us: transferred.elapsed().as_micros() as u64,
+    })
+}
+
+fn map_again(table: &mut Table) -> Result<(), Failure> {
+    let check = |call: &str, status| if status == SUCCESS { Ok(()) } else { Err(cuda(call, status)) };
+    for physical in table.physical.values_mut() {
+        // SAFETY: the fd is the memory's; `handle` is valid for writing.
+        let status = unsafe {
+            (api().import)(&mut physical.handle, physical.fd as usize as *mut std::ffi::c_void, HANDLE_FD)
+        };
+        check("cuMemImportFromShareableHandle", status)?;
+    }
+    for (address, mapping) in &table.mappings {
+        let Some(physical) = table.physical.get(&mapping.physical) else { continue };
+        // SAFETY: the address range is still reserved and nothing is mapped there; the descriptors are the
+        // application's own.
+        unsafe {
+            check("cuMemMap", (api().map)(*address, mapping.len, 0, physical.handle, 0))?;
+            if !mapping.access.is_empty() {
+                let status =
+                    (api().set_access)(*address, mapping.len, mapping.access.as_ptr(), mapping.access.len());
+                check("cuMemSetAccess", status)?;
+            }
+        }
+    }
+    for physical in table.physical.values_mut().filter(|p| p.references == 0) {
+        // SAFETY: imported above; the mappings keep the memory.
+        unsafe { (api().release)(physical.handle) };
+        physical.handle = 0;
+    }
+    Ok(())
+}
