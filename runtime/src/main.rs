@@ -1,2 +1,79 @@
-//! Placeholder.
-fn main() {}
+//! `phos-runc`: an OCI runtime in front of runc whose checkpoints include the GPU.
+//!
+//! Verbs that are none of its business are handed to the lower runtime at once, byte for byte.
+
+mod args;
+mod checkpoint;
+mod config;
+mod context;
+mod create;
+mod inspect;
+mod log;
+mod lower;
+mod restore;
+mod state;
+
+use std::env;
+use std::process::{Command, ExitCode};
+
+use anyhow::Result;
+
+use crate::args::Args;
+use crate::config::Config;
+use crate::context::Context;
+use crate::lower::Lower;
+
+const OWN_HELP: &str = "
+PHOS-RUNC:
+   phos-runc adds the GPU to `checkpoint` and `restore`, and these commands:
+     inspect IMAGE [--json] [--verify]  shows what a GPU image holds
+";
+
+fn context(args: Args) -> Result<Context> {
+    let config = Config::load()?;
+    let lower = Lower::find(&config)?;
+    Ok(Context { args, config, lower })
+}
+
+/// The lower runtime's own answer to `--version` or `--help`, with ours.
+fn describe(run: &Context) -> Result<i32> {
+    let wanted = |names: &[&str]| names.iter().any(|n| run.args.global.contains_key(*n));
+    if wanted(&["version", "v"]) {
+        println!("phos-runc version {}", env!("CARGO_PKG_VERSION"));
+    }
+    let status = Command::new(&run.lower.path).args(&run.args.all).status()?;
+    if !wanted(&["version", "v"]) {
+        print!("{OWN_HELP}");
+    }
+    Ok(status.code().unwrap_or(1))
+}
+
+fn dispatch(args: &Args) -> Result<i32> {
+    let own = |args: &Args| context(args.clone());
+    match args.verb.as_str() {
+        "create" => create::create(&own(args)?),
+        "run" => create::run(&own(args)?),
+        "delete" => create::delete(&own(args)?),
+        "checkpoint" => checkpoint::run(&own(args)?),
+        "restore" => restore::run(&own(args)?),
+        "inspect" => inspect::run(args),
+        "" | "help" => describe(&own(args)?),
+        "__keeper" => Ok(phos_engine::keeper::run(&args.all[1..]).map(|()| 0)?),
+        "__worker" => Ok(phos_engine::worker::run(&args.all[1..]).map(|()| 0)?),
+        _ => {
+            let run = own(args)?;
+            Err(run.lower.exec(args))
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse(env::args_os().skip(1).collect());
+    match dispatch(&args) {
+        Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(255)),
+        Err(e) => {
+            log::error(&args, &format!("{e:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Does a container use a GPU, and how does its owner want it treated?
+
+use std::str::FromStr;
+
+use serde_json::Value;
+
+/// The annotation that decides about injection.
+pub const ANNOTATION: &str = "phos.inject";
+
+/// How `libphos.so` gets in front of the driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Mounted over the container's `libcuda.so.1`: only programs that use CUDA see it.
+    #[default]
+    Mount,
+    /// `LD_PRELOAD`: for programs that bring their own `libcuda.so.1` along.
+    Preload,
+    /// Not at all.
+    Off,
+}
+
+impl FromStr for Mode {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s {
+            "mount" => Ok(Mode::Mount),
+            "preload" => Ok(Mode::Preload),
+            "off" => Ok(Mode::Off),
+            other => Err(format!(
+                "{ANNOTATION}={other} is unknown: use mount, preload or off; nothing was injected"
+            )),
+        }
+    }
+}
+
+/// The mode for a container.
+pub fn mode(spec: &Value, default: Mode) -> Result<Mode, String> {
+    match spec["annotations"][ANNOTATION].as_str() {
+        Some(text) => text.parse(),
+        None => Ok(default),
+    }
+}
+
+/// Whether a path is a GPU's device node: NVIDIA's, or the simulated driver's.
+fn is_gpu_node(path: &str) -> bool {
+    let Some(name) = path.strip_prefix("/dev/") else { return false };
+    let numbered = |prefix: &str| {
+        name.strip_prefix(prefix).is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+    };
+    name == "nvidiactl" || numbered("nvidia") || numbered("simgpu")
+}
+
+/// Whether a path names a CUDA driver library.
+pub(crate) fn is_libcuda(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    name.strip_prefix("libcuda.so").is_some_and(|rest| {
+        rest.is_empty() || rest.starts_with('.') && rest.bytes().all(|b| b == b'.' || b.is_ascii_digit())
+    })
+}
+
+/// Whether the container is given a GPU.
+pub fn uses_gpu(spec: &Value) -> bool {
+    let texts = |list: &Value, key: &str| -> Vec<String> {
+        let items = list.as_array().into_iter().flatten();
+        items.filter_map(|i| Some(i[key].as_str()?.to_string())).collect()
+    };
+    let devices = texts(&spec["linux"]["devices"], "path");
+    let mounts = texts(&spec["mounts"], "destination");
+    devices.iter().chain(&mounts).any(|p| is_gpu_node(p)) || mounts.iter().any(|m| is_libcuda(m))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn gpus_are_recognised_by_their_nodes_and_libraries() {
+        for (spec, expected) in [
+            (json!({}), false),
+            (json!({"linux": {"devices": [{"path": "/dev/fuse"}, {"path": "/dev/nvidia-uvm"}]}}), false),
+            (json!({"linux": {"devices": [{"path": "/dev/nvidia0"}]}}), true),
+            (json!({"linux": {"devices": [{"path": "/dev/simgpu0"}]}}), true),
+            (json!({"mounts": [{"destination": "/dev/nvidiactl"}]}), true),
+            (json!({"mounts": [{"destination": "/usr/lib/libcuda.so.580.65.06"}]}), true),
+            (
+                json!({"mounts": [{"destination": "/usr/lib/libcudart.so.12"}, {"destination": "/x/libcuda.so.bak"}]}),
+                false,
+            ),
+        ] {
+            assert_eq!(uses_gpu(&spec), expected, "{spec}");
+        }
+    }
+
+    #[test]
+    fn the_annotation_decides() {
+        let with = |v: &str| json!({"annotations": {ANNOTATION: v}});
+        assert_eq!(mode(&json!({}), Mode::Mount), Ok(Mode::Mount));
+        assert_eq!(mode(&with("off"), Mode::Mount), Ok(Mode::Off));
+        assert_eq!(mode(&with("preload"), Mode::Off), Ok(Mode::Preload));
+        assert!(mode(&with("yes"), Mode::Mount).unwrap_err().contains("phos.inject=yes"));
+    }
+}

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Installs what the demo and the tests need and the machine lacks: runc, busybox, and a CRIU of at least 4.1 in
+# .tools/ (Debian 13's, run by its own loader, where the machine has none). Needs root and apt. Quick when all is there.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/../.." && pwd)
+tools="$top/.tools"
+mkdir -p "$tools"
+
+say() { echo "setup: $*" >&2; }
+
+packages=()
+command -v runc >/dev/null || packages+=(runc)
+command -v busybox >/dev/null || packages+=(busybox-static)
+command -v python3 >/dev/null || packages+=(python3)
+command -v cc >/dev/null || packages+=(gcc libc6-dev)
+if [ ${#packages[@]} -gt 0 ]; then
+    say "installing ${packages[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+fi
+
+# Whether a program is a CRIU of at least 4.1.
+new_enough() {
+    local version
+    version=$("$1" --version 2>/dev/null | sed -n 's/^Version: *//p') || return 1
+    [ -n "$version" ] && [ "$(printf '%s\n4.1\n' "$version" | sort -V | head -n 1)" = 4.1 ]
+}
+
+# Fetches packages of Debian 13 with everything they need from the machine's own mirror, without touching its apt.
+fetch() {
+    local state="$tools/apt" mirror
+    rm -rf "$state"
+    mkdir -p "$state"/{lists/partial,cache/archives/partial,etc}
+    : >"$state/status"
+    mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null |
+        grep -oE 'https?://[^ ]+/debian/?( |$)' | head -n 1 | tr -d ' ' || true)
+    # A machine that is not Debian names no Debian mirror: PHOS_DEBIAN_MIRROR does.
+    mirror=${PHOS_DEBIAN_MIRROR:-$mirror}
+    [ -n "$mirror" ] || { say "no Debian mirror in apt's sources; set PHOS_DEBIAN_MIRROR or install criu 4.1 or newer"; exit 1; }
+    local signed=/usr/share/keyrings/debian-archive-keyring.gpg trust="[signed-by=$signed]"
+    [ -e "$signed" ] || trust="[trusted=yes]"
+    echo "deb $trust $mirror trixie main" >"$state/etc/sources.list"
+    local options=(-qq -o Dir::State="$state" -o Dir::State::status="$state/status" -o Dir::State::Lists="$state/lists"
+        -o Dir::Cache="$state/cache" -o Dir::Etc::sourcelist="$state/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o Dir::Etc::preferencesparts=/dev/null -o APT::Architecture=amd64 -o APT::Install-Recommends=false)
+    # Older keyrings lack the newest signing key; the suite's own keyring package brings it.
+    apt-get "${options[@]}" update 2>/dev/null || {
+        echo "deb [trusted=yes] $mirror trixie main" >"$state/etc/sources.list"
+        apt-get "${options[@]}" update
+    }
+    apt-get "${options[@]}" -y --download-only -o Debug::NoLocking=1 install "$@" >/dev/null
+    for package in "$state"/cache/archives/*.deb; do dpkg -x "$package" "$tools/trixie"; done
+    rm -rf "$state"
+}
+
+if [ ! -x "$tools/bin/criu" ] || ! new_enough "$tools/bin/criu"; then
+    mkdir -p "$tools/bin"
+    if command -v criu >/dev/null && new_enough criu; then
+        ln -sf "$(command -v criu)" "$tools/bin/criu"
+    else
+        say "fetching CRIU of Debian 13"
+        rm -rf "$tools/trixie"
+        fetch criu runc libseccomp2
+        cat >"$tools/bin/criu" <<'W'
+#!/bin/sh
+# CRIU by its own loader: the machine's C library may be older.
+root=$(dirname "$(readlink -f "$0")")/../trixie
+lib="$root/usr/lib/x86_64-linux-gnu"
+exec "$lib/ld-linux-x86-64.so.2" --library-path "$lib" "$root/usr/sbin/criu" "$@"
+W
+        chmod 755 "$tools/bin/criu"
+    fi
+fi
+new_enough "$tools/bin/criu" || { say "CRIU in $tools/bin does not run"; exit 1; }

@@ -1,0 +1,150 @@
+//! `checkpoint`: hands the work to a keeper and its worker, and tells the engine how it ended.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+use std::{env, io};
+
+use anyhow::{Result, anyhow, bail};
+use phos_engine::job::{CheckpointJob, CheckpointReport};
+use phos_engine::keeper::{self, WorkerRole};
+use phos_engine::processes;
+use phos_engine::service::{Client, ClientError, LowerOutput};
+
+use crate::config::find_criu;
+use crate::context::Context;
+use crate::log;
+use crate::state::StateDir;
+
+/// How long a worker may take until it can be spoken to. It does not touch the GPU before that.
+const START: Duration = Duration::from_secs(20);
+
+/// The image folder a command line names, absolute. runc's default is `checkpoint` in the working folder.
+pub fn image_path(run: &Context) -> Result<PathBuf> {
+    let named = run.args.value("image-path").filter(|p| !p.is_empty());
+    Ok(env::current_dir()?.join(named.unwrap_or("checkpoint".as_ref())))
+}
+
+/// Puts CRIU where the lower runtime looks for it, and NVIDIA's plugin for it where it does not: the GPU is
+/// taken care of here.
+///
+/// Returns CRIU's version.
+pub fn prepare_environment(run: &Context) -> Result<String> {
+    let (criu, version) = find_criu(&run.config)?;
+    let mut folders: Vec<PathBuf> = criu.parent().map(Into::into).into_iter().collect();
+    let listed = env::var_os("PATH")
+        .unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into());
+    folders.extend(env::split_paths(&listed));
+    // SAFETY: this program has one thread so far.
+    unsafe {
+        env::set_var("PATH", env::join_paths(folders)?);
+        env::set_var("CRIU_LIBS_DIR", "/nonexistent");
+        if let Some(libcuda) = &run.config.libcuda
+            && env::var_os("PHOS_LIBCUDA").is_none()
+        {
+            env::set_var("PHOS_LIBCUDA", libcuda);
+        }
+    }
+    Ok(version)
+}
+
+/// Runs `future` in a runtime of its own.
+pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
+}
+
+/// `checkpoint`.
+pub fn run(run: &Context) -> Result<i32> {
+    let args = &run.args;
+    let Some(id) = args.id() else { return Err(run.lower.exec(args)) };
+    let state = StateDir::of(args, &run.config, id)?;
+    let Some(container) = run.lower.state(args, id)?.filter(|c| c.pid > 0) else {
+        return Err(run.lower.exec(args));
+    };
+    let alive = matches!(container.status.as_str(), "running" | "paused");
+    let gpu = state.exists()
+        || processes::of_container(container.pid)?.iter().any(|p| processes::has_driver_loaded(p.pid));
+    if !alive || !gpu {
+        return Err(run.lower.exec(args));
+    }
+    if args.switch("pre-dump") {
+        bail!("--pre-dump of a container with a GPU is not supported yet: make a full checkpoint instead");
+    }
+    let criu_version = prepare_environment(run)?;
+    // A container that was created by another runtime gets a folder for the time of the checkpoint.
+    let own_state = state.exists();
+    if !own_state {
+        state.create()?;
+    }
+    let _lock = state.lock()?;
+    let effective_spec = match state.spec() {
+        Some(spec) => spec,
+        None => crate::state::read_spec(&container.bundle).unwrap_or_default(),
+    };
+    let library = run.config.library();
+    let job = CheckpointJob {
+        container: id.to_string(),
+        control_dir: state.control_dir(),
+        init_pid: container.pid,
+        image: image_path(run)?,
+        leave_running: args.switch("leave-running"),
+        frozen: container.status == "paused",
+        lower_checkpoint: run.lower.verbatim(args),
+        lower_pause: run.lower.command_line(args, &["pause", id]),
+        lower_resume: run.lower.command_line(args, &["resume", id]),
+        strategy: run.config.strategy()?,
+        timeouts: run.config.timeouts(),
+        effective_spec,
+        library: (own_state && library.exists()).then_some(library),
+        lower_version: run.lower.version(),
+        criu_version,
+    };
+    let result = carry_out(&state, &job);
+    if !own_state {
+        state.remove();
+    }
+    let (result, lower) = result?;
+    io::stdout().write_all(&lower.stdout)?;
+    io::stderr().write_all(&lower.stderr)?;
+    match result {
+        Ok(report) => {
+            report.warnings.iter().for_each(|w| log::warn(args, w));
+            let text = serde_json::to_string(&report)?;
+            log::debug(args, &format!("checkpoint report: {text}"));
+            if let Some(path) = env::var_os("PHOS_REPORT") {
+                std::fs::write(path, text)?;
+            }
+            Ok(0)
+        }
+        // The lower runtime has written its own error line.
+        Err(_) if lower.status != 0 => Ok(lower.status),
+        Err(e) => Err(e),
+    }
+}
+
+/// Starts keeper and worker, sends the job and waits.
+fn carry_out(state: &StateDir, job: &CheckpointJob) -> Result<(Result<CheckpointReport>, LowerOutput)> {
+    let keeper = keeper::start(WorkerRole::Checkpoint, &state.path)?;
+    let socket = keeper.socket.clone();
+    let answer = block_on(async {
+        let client = Client::connect(&socket, START).await?;
+        Ok(client.checkpoint(job).await?)
+    });
+    match answer {
+        Ok((result, lower)) => {
+            let result = result.map_err(|e| match e {
+                ClientError::Refused(line) => anyhow!(line),
+                gone => gone.into(),
+            });
+            Ok((result, lower))
+        }
+        Err(e) => match keeper.outcome() {
+            // The worker is gone; the keeper has put the container right and says how it stands.
+            Some(outcome) if outcome.error.is_empty() => {
+                Ok((Ok(serde_json::from_str(&outcome.report)?), LowerOutput::default()))
+            }
+            Some(outcome) => Err(anyhow!(outcome.error)),
+            None => Err(e),
+        },
+    }
+}

@@ -1,0 +1,72 @@
+//! `create` and `run`: the configuration is edited, the lower runtime does the rest.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use phos_hooks::{Host, inject, plan};
+
+use crate::context::Context as Run;
+use crate::log;
+use crate::state::{StateDir, read_spec, write_spec};
+
+/// The bundle a command line names.
+pub fn bundle(run: &Run) -> Result<PathBuf> {
+    let named = run.args.value("bundle").or(run.args.value("b")).map(Path::new).unwrap_or(Path::new("."));
+    Ok(env::current_dir().context("no working folder")?.join(named))
+}
+
+/// Edits the bundle's configuration if its container uses a GPU; returns its state folder then.
+fn prepare(run: &Run, id: &str) -> Result<Option<StateDir>> {
+    let bundle = bundle(run)?;
+    let mut spec = read_spec(&bundle)?;
+    let state = StateDir::of(&run.args, &run.config, id)?;
+    let host = Host {
+        library: run.config.library(),
+        control_dir: state.control_dir(),
+        default_mode: run.config.inject()?,
+    };
+    let injection = inject(&spec, &bundle, &host);
+    injection.notes.iter().for_each(|n| log::warn(&run.args, n));
+    if injection.edits.is_empty() {
+        return Ok(None);
+    }
+    plan::apply(&mut spec, &injection.edits);
+    state.create()?;
+    state.save_spec(&spec)?;
+    write_spec(&bundle, &spec).inspect_err(|_| state.remove())?;
+    Ok(Some(state))
+}
+
+/// `create`.
+pub fn create(run: &Run) -> Result<i32> {
+    let Some(id) = run.args.id() else { return Err(run.lower.exec(&run.args)) };
+    let Some(state) = prepare(run, id)? else { return Err(run.lower.exec(&run.args)) };
+    let status = run.lower.run(&run.args)?;
+    if status != 0 {
+        state.remove();
+    }
+    Ok(status)
+}
+
+/// `run`: in the foreground the lower runtime owns terminal and signals, so it takes this process's place.
+pub fn run(run: &Run) -> Result<i32> {
+    if let Some(id) = run.args.id() {
+        prepare(run, id)?;
+    }
+    Err(run.lower.exec(&run.args))
+}
+
+/// `delete`.
+pub fn delete(run: &Run) -> Result<i32> {
+    let Some(id) = run.args.id() else { return Err(run.lower.exec(&run.args)) };
+    let state = StateDir::of(&run.args, &run.config, id)?;
+    if !state.exists() {
+        return Err(run.lower.exec(&run.args));
+    }
+    let status = run.lower.run(&run.args)?;
+    if status == 0 {
+        state.remove();
+    }
+    Ok(status)
+}
