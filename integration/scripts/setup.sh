@@ -38,7 +38,8 @@ fetch() {
     # A machine that is not Debian names no Debian mirror: PHOS_DEBIAN_MIRROR does.
     mirror=${PHOS_DEBIAN_MIRROR:-$mirror}
     [ -n "$mirror" ] || { say "no Debian mirror in apt's sources; set PHOS_DEBIAN_MIRROR or install criu 4.1 or newer"; exit 1; }
-    local signed=/usr/share/keyrings/debian-archive-keyring.gpg trust="[signed-by=$signed]"
+    local signed=/usr/share/keyrings/debian-archive-keyring.gpg
+    local trust="[signed-by=$signed]"
     [ -e "$signed" ] || trust="[trusted=yes]"
     echo "deb $trust $mirror trixie main" >"$state/etc/sources.list"
     local options=(-qq -o Dir::State="$state" -o Dir::State::status="$state/status" -o Dir::State::Lists="$state/lists"

@@ -51,7 +51,7 @@ impl Config {
     fn parse(text: &str) -> Result<Self> {
         // A toml error is several lines with a picture; one line says enough.
         toml::from_str(text).map_err(|e| {
-            let line = e.span().map_or(1, |s| text[..s.start].lines().count().max(1));
+            let line = e.span().map_or(1, |s| text[..s.start].matches('\n').count() + 1);
             anyhow::anyhow!("line {line}: {}", e.message())
         })
     }

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds .bundle/: everything that runs the GPU tests and benchmarks on a machine without packages, and an offline
+# installer. At most 60 MiB.
+set -euo pipefail
+top=$(cd "$(dirname "$0")/../.." && pwd)
+cd "$top"
+integration/scripts/setup.sh
+[ -d .tools/trixie ] || { echo "gpu-bundle: needs the CRIU that setup.sh fetches; this machine has its own" >&2; exit 1; }
+cargo build --release --quiet -p phos-runc -p phos-shim
+bundle=.bundle
+rm -rf "$bundle"
+mkdir -p "$bundle"/{bin,lib,criu,workloads}
+install -m 755 target/release/phos-runc target/release/libphos.so "$bundle/bin/"
+[ ! -x target/release/phos-sample ] || install -m 755 target/release/phos-sample "$bundle/bin/"
+install -m 755 .tools/trixie/usr/sbin/runc "$bundle/bin/"
+lib=.tools/trixie/usr/lib/x86_64-linux-gnu
+cp -L "$lib/libseccomp.so.2" "$bundle/lib/"
+# CRIU with exactly the libraries it loads.
+install -m 755 .tools/trixie/usr/sbin/criu "$bundle/criu/"
+"$lib/ld-linux-x86-64.so.2" --library-path "$lib" --list .tools/trixie/usr/sbin/criu |
+    grep -oE '[^ ]+\.so[.0-9]* ' | xargs -n1 basename | sort -u | while read -r name; do
+    [ ! -e "$lib/$name" ] || cp -L "$lib/$name" "$bundle/criu/"
+done
+cp -L "$lib/ld-linux-x86-64.so.2" "$bundle/criu/"
+cat >"$bundle/bin/criu" <<'W'
+#!/bin/sh
+here=$(dirname "$(readlink -f "$0")")/../criu
+exec "$here/ld-linux-x86-64.so.2" --library-path "$here" "$here/criu" "$@"
+W
+chmod 755 "$bundle/bin/criu"
+cp integration/workloads/*.py "$bundle/workloads/"
+cp integration/gpu/runner.py "$bundle/"
+git rev-parse --short HEAD >"$bundle/COMMIT"
+size=$(du -sm "$bundle" | cut -f1)
+echo "$bundle: $size MiB"
+[ "$size" -le 60 ]
