@@ -10,6 +10,7 @@ Standard library only. Everything it makes lies below /run/phos-bench and is rem
 import argparse
 import ctypes
 import datetime
+import glob
 import json
 import os
 import shutil
@@ -355,13 +356,10 @@ if __name__ == "__main__":
     except Exception as e:  # the figures so far are kept
         status = 1
         log(f"FAILED: {e}")
-        for root, _, names in os.walk(WORK):
-            for name in names:
-                if name in ("engine.log", "dump.log", "restore.log") or name.endswith(".runc.log"):
-                    print(f"--- {root}/{name}")
-                    print(open(os.path.join(root, name), errors="replace").read()[-2500:])
-            if root.count("/") > 5 or "rootfs" in root:
-                del _[:]
+        for pattern in ("state/*/engine.log", "images/*/*.log", "images/*.work/*.log", "*.runc.log"):
+            for path in glob.glob(f"{WORK}/{pattern}"):
+                print(f"--- {path}")
+                print(open(path, errors="replace").read()[-2500:])
     finally:
         for name in os.listdir(f"{WORK}/runc") if os.path.isdir(f"{WORK}/runc") else []:
             subprocess.run([f"{BIN}/runc", "--root", f"{WORK}/runc", "delete", "--force", name], stderr=subprocess.DEVNULL)

@@ -1,0 +1,169 @@
+//! Streams: queues of work, each worked off by a thread of its own, ordered as CUDA orders them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+
+use crate::code::{Code, Result, SUCCESS};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Becomes done once.
+#[derive(Default)]
+pub struct Token {
+    done: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Token {
+    fn set(&self) {
+        *lock(&self.done) = true;
+        self.changed.notify_all();
+    }
+    /// Waits.
+    pub fn wait(&self) {
+        let mut done = lock(&self.done);
+        while !*done {
+            done = self.changed.wait(done).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+    /// Looks.
+    pub fn is_done(&self) -> bool {
+        *lock(&self.done)
+    }
+}
+
+type Work = Box<dyn FnOnce() -> Result<()> + Send>;
+
+struct Item {
+    after: Vec<Arc<Token>>,
+    work: Work,
+    done: Arc<Token>,
+}
+
+/// One queue.
+pub struct Stream {
+    /// Waits for, and is waited for by, the legacy default stream.
+    blocking: bool,
+    queue: Mutex<(VecDeque<Item>, bool)>,
+    changed: Condvar,
+    last: Mutex<Option<Arc<Token>>>,
+}
+
+impl Stream {
+    fn start(blocking: bool, error: Arc<AtomicU32>) -> Arc<Self> {
+        let stream = Arc::new(Stream {
+            blocking,
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            last: Mutex::new(None),
+        });
+        let own = stream.clone();
+        thread::spawn(move || own.work_off(&error));
+        stream
+    }
+
+    fn work_off(&self, error: &AtomicU32) {
+        loop {
+            let item = {
+                let mut queue = lock(&self.queue);
+                loop {
+                    if let Some(item) = queue.0.pop_front() {
+                        break item;
+                    }
+                    if queue.1 {
+                        return;
+                    }
+                    queue = self.changed.wait(queue).unwrap_or_else(|e| e.into_inner());
+                }
+            };
+            item.after.iter().for_each(|t| t.wait());
+            // After an error nothing runs any more, as on a GPU that has faulted.
+            if error.load(Ordering::SeqCst) == SUCCESS
+                && let Err(code) = (item.work)()
+            {
+                let _ = error.compare_exchange(SUCCESS, code, Ordering::SeqCst, Ordering::SeqCst);
+            }
+            item.done.set();
+        }
+    }
+
+    /// The newest piece of work.
+    pub fn last(&self) -> Option<Arc<Token>> {
+        lock(&self.last).clone()
+    }
+}
+
+/// All streams of a context.
+pub struct Streams {
+    error: Arc<AtomicU32>,
+    legacy: Arc<Stream>,
+    others: Mutex<HashMap<usize, Arc<Stream>>>,
+    /// Held while work is queued, so that the order between streams is well defined.
+    order: Mutex<usize>,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        let error = Arc::new(AtomicU32::new(SUCCESS));
+        let legacy = Stream::start(true, error.clone());
+        Streams { error, legacy, others: Mutex::default(), order: Mutex::new(0x100) }
+    }
+}
+
+impl Streams {
+    /// The context's sticky error.
+    pub fn error(&self) -> Code {
+        self.error.load(Ordering::SeqCst)
+    }
+
+    /// A new stream; returns its handle.
+    pub fn create(&self, blocking: bool) -> usize {
+        let mut next = lock(&self.order);
+        *next += 0x10;
+        lock(&self.others).insert(*next, Stream::start(blocking, self.error.clone()));
+        *next
+    }
+
+    /// Ends a stream once its work is done.
+    pub fn destroy(&self, handle: usize) -> bool {
+        let Some(stream) = lock(&self.others).remove(&handle) else { return false };
+        lock(&stream.queue).1 = true;
+        stream.changed.notify_all();
+        true
+    }
+
+    /// A stream by its handle: 0 and 1 are the default stream.
+    pub fn get(&self, handle: usize) -> Option<Arc<Stream>> {
+        match handle {
+            0 | 1 => Some(self.legacy.clone()),
+            other => lock(&self.others).get(&other).cloned(),
+        }
+    }
+
+    /// Queues work, after `extra` as well.
+    pub fn submit(&self, stream: &Arc<Stream>, extra: Vec<Arc<Token>>, work: Work) -> Arc<Token> {
+        let _order = lock(&self.order);
+        let mut after = extra;
+        if Arc::ptr_eq(stream, &self.legacy) {
+            after.extend(lock(&self.others).values().filter(|s| s.blocking).filter_map(|s| s.last()));
+        } else if stream.blocking {
+            after.extend(self.legacy.last());
+        }
+        let done = Arc::new(Token::default());
+        *lock(&stream.last) = Some(done.clone());
+        lock(&stream.queue).0.push_back(Item { after, work, done: done.clone() });
+        stream.changed.notify_all();
+        done
+    }
+
+    /// Waits for everything.
+    pub fn synchronize(&self) -> Code {
+        let all: Vec<_> = lock(&self.others).values().cloned().chain([self.legacy.clone()]).collect();
+        all.iter().filter_map(|s| s.last()).for_each(|t| t.wait());
+        self.error()
+    }
+}
