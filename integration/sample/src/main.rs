@@ -1,2 +1,137 @@
-//! Placeholder.
-fn main() {}
+//! A CUDA program whose GPU state evolves in steps and can be verified, to the last bit, at any of them.
+//!
+//! It uses the driver API only and finds it as every CUDA program does (`dlopen`, `cuGetProcAddress`), so one binary
+//! runs on NVIDIA's driver and on the simulated one. Its memory is of every kind: plain allocations large and small,
+//! virtual-memory calls of its own, a stream-ordered allocation, a variable of a module.
+//!
+//! Every verified step appends a line to `--out`:
+//! `step=N digest=H ok=1 t_ms=T gap_ms=G`, where G is the longest time between two steps so far.
+
+mod cuda;
+mod model;
+mod state;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+use std::{env, thread};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cuda::Cuda;
+use crate::state::State;
+
+const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--steps N] [--step-ms N] [--verify-every N] [--stop-file FILE] [--hang-file FILE]
+
+  --out FILE          where the status lines go
+  --mib N             MiB of GPU memory to hold (64)
+  --steps N           end after so many steps (0: never)
+  --step-ms N         wait so long after each step (5)
+  --verify-every N    verify the whole state every so many steps (1)
+  --stop-file FILE    end when this file exists
+  --hang-file FILE    while this file exists, keep the GPU busy with one kernel that does not end";
+
+struct Options {
+    out: PathBuf,
+    mib: u64,
+    steps: u64,
+    step_ms: u64,
+    verify_every: u64,
+    stop_file: Option<PathBuf>,
+    hang_file: Option<PathBuf>,
+}
+
+fn options() -> Result<Options> {
+    let mut o = Options {
+        out: PathBuf::new(),
+        mib: 64,
+        steps: 0,
+        step_ms: 5,
+        verify_every: 1,
+        stop_file: None,
+        hang_file: None,
+    };
+    let mut words = env::args_os().skip(1);
+    while let Some(word) = words.next() {
+        let name = word.to_string_lossy().into_owned();
+        if name == "--help" {
+            println!("{USAGE}");
+            std::process::exit(0);
+        }
+        let value = words.next().with_context(|| format!("{name} needs a value\n{USAGE}"))?;
+        let number = || -> Result<u64> {
+            value.to_str().and_then(|v| v.parse().ok()).with_context(|| format!("{name} needs a number"))
+        };
+        match name.as_str() {
+            "--out" => o.out = value.into(),
+            "--mib" => o.mib = number()?.max(8),
+            "--steps" => o.steps = number()?,
+            "--step-ms" => o.step_ms = number()?,
+            "--verify-every" => o.verify_every = number()?.max(1),
+            "--stop-file" => o.stop_file = Some(value.into()),
+            "--hang-file" => o.hang_file = Some(value.into()),
+            _ => bail!("unknown option {name}\n{USAGE}"),
+        }
+    }
+    if o.out.as_os_str().is_empty() {
+        bail!("--out is missing\n{USAGE}");
+    }
+    Ok(o)
+}
+
+fn monotonic_ms() -> u128 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `t` is valid for writing.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+    t.tv_sec as u128 * 1000 + t.tv_nsec as u128 / 1_000_000
+}
+
+fn run() -> Result<()> {
+    let options = options()?;
+    let cuda = Cuda::load()?;
+    let mut state = State::allocate(&cuda, options.mib << 20)?;
+    let mut longest = Duration::ZERO;
+    let mut last = Instant::now();
+    let stop = |step: u64| {
+        (options.steps > 0 && step >= options.steps) || options.stop_file.as_ref().is_some_and(|f| f.exists())
+    };
+    let mut step = 0;
+    while !stop(step) {
+        if let Some(file) = options.hang_file.as_ref().filter(|f| f.exists()) {
+            state.hang(|| file.exists())?;
+        }
+        state.advance(step)?;
+        step += 1;
+        longest = longest.max(last.elapsed());
+        last = Instant::now();
+        if step % options.verify_every == 0 {
+            let (digest, ok) = state.verify()?;
+            // Opened and closed each time: a checkpointed program must not hold a file that grows behind its back.
+            let mut out = File::options().create(true).append(true).open(&options.out)?;
+            let line = format!(
+                "step={step} digest={digest:016x} ok={} t_ms={} gap_ms={}\n",
+                u8::from(ok),
+                monotonic_ms(),
+                longest.as_millis()
+            );
+            out.write_all(line.as_bytes())?;
+            if !ok {
+                bail!("step {step}: the state on the GPU is not what it must be");
+            }
+        }
+        thread::sleep(Duration::from_millis(options.step_ms));
+    }
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("phos-sample: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
