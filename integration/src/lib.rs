@@ -1,1 +1,8 @@
-//! Placeholder.
+//! What tests and demo need to run containers with a (simulated) GPU: an isolated place to do it in, bundles, the
+//! runtime's command line, the sample program's status lines.
+
+pub mod bundle;
+pub mod container;
+pub mod sandbox;
+pub mod status;
+pub mod tools;

@@ -1,0 +1,265 @@
+//! Containers of the sample program, run by phos-runc or by the lower runtime alone.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::bundle::Bundle;
+use crate::status::{self, Status};
+use crate::tools::Tools;
+
+/// Longest any single command may take.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// A private root for containers; everything in it is removed when it is dropped.
+pub struct Place {
+    /// The programs.
+    pub tools: Tools,
+    folder: tempfile::TempDir,
+    /// Added to every command's environment.
+    pub env: BTreeMap<String, OsString>,
+    containers: AtomicU32,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit status.
+    pub status: i32,
+    /// Standard output and standard error.
+    pub text: String,
+}
+
+impl Place {
+    /// A new one.
+    pub fn new(tools: &Tools) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("phos-test-").tempdir()?;
+        let path = |name: &str| folder.path().join(name).into_os_string();
+        let env = BTreeMap::from([
+            ("PHOS_STATE_DIR".to_string(), path("state")),
+            ("PHOS_CONFIG".to_string(), path("config.toml")),
+            ("PHOS_LOWER_RUNTIME".to_string(), tools.runc.clone().into()),
+            ("PHOS_CRIU".to_string(), tools.criu.clone().into()),
+            ("PHOS_LIB_DIR".to_string(), tools.built.clone().into()),
+            ("PHOS_LIBCUDA".to_string(), tools.program("libsimcuda.so").into()),
+            ("PHOS_REPORT".to_string(), path("report.json")),
+        ]);
+        Ok(Place { tools: tools.clone(), folder, env, containers: AtomicU32::new(0) })
+    }
+
+    /// A path in the place.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The report of the last checkpoint or restore.
+    pub fn report(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::from_slice(&fs::read(self.path("report.json"))?)?)
+    }
+
+    /// Runs a program with a limit on its time. Output goes through a file: a detached container keeps a pipe open.
+    pub fn command(&self, program: &Path, words: &[&str]) -> Result<Ended> {
+        let output = tempfile::tempfile_in(self.folder.path())?;
+        let mut command = Command::new(program);
+        command.args(words).envs(&self.env).env("CRIU_LIBS_DIR", "/nonexistent");
+        let criu = self.tools.criu.parent().unwrap_or(Path::new("/"));
+        command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", criu.display()));
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
+        let mut child = command.current_dir(self.folder.path()).spawn()?;
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            match child.try_wait()? {
+                Some(status) => break status,
+                None if Instant::now() > deadline => {
+                    child.kill()?;
+                    bail!("{} {words:?} took longer than {LIMIT:?}", program.display());
+                }
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+        };
+        use std::io::{Read, Seek};
+        let (mut text, mut output) = (String::new(), output);
+        output.rewind()?;
+        output.read_to_string(&mut text)?;
+        Ok(Ended { status: status.code().unwrap_or(255), text })
+    }
+
+    /// A container of the sample program with these options, not started yet.
+    pub fn sample(&self, options: &[&str]) -> Result<Container<'_>> {
+        let args =
+            [&["/usr/bin/phos-sample", "--out", "/out/status", "--stop-file", "/out/stop"], options].concat();
+        self.container(&args, true)
+    }
+
+    /// A container of any command.
+    pub fn container(&self, args: &[&str], gpu: bool) -> Result<Container<'_>> {
+        let number = self.containers.fetch_add(1, Ordering::SeqCst);
+        // The cgroup hierarchy is the machine's: names must not meet another test's.
+        let unique =
+            self.folder.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        let id = format!("{unique}-{number}");
+        let bundle = Bundle::make(&self.tools, &self.path(&id), &id, args, gpu)?;
+        Ok(Container { place: self, id, bundle, runtime: self.tools.program("phos-runc") })
+    }
+}
+
+/// One container.
+pub struct Container<'a> {
+    /// Where it is.
+    pub place: &'a Place,
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: Bundle,
+    /// The runtime that runs it.
+    pub runtime: PathBuf,
+}
+
+impl Container<'_> {
+    /// Runs a verb of the runtime on this container, whatever comes of it.
+    pub fn try_verb(&self, verb: &str, flags: &[&str]) -> Result<Ended> {
+        let root = self.place.path("root");
+        let log = self.place.path(&format!("{}.log", self.id));
+        let mut words =
+            vec!["--root", root.to_str().context("path")?, "--log", log.to_str().context("path")?];
+        words.extend(["--log-format", "json", verb]);
+        words.extend(flags);
+        words.push(&self.id);
+        self.place.command(&self.runtime, &words)
+    }
+
+    /// Runs a verb that must succeed.
+    pub fn verb(&self, verb: &str, flags: &[&str]) -> Result<String> {
+        let ended = self.try_verb(verb, flags)?;
+        if ended.status != 0 {
+            bail!("{verb} ended with {}: {}\n{}", ended.status, ended.text, self.logs());
+        }
+        Ok(ended.text)
+    }
+
+    /// The last lines of every log there is, for a failed test.
+    pub fn logs(&self) -> String {
+        let Output { stdout, .. } = Command::new("sh")
+            .arg("-c")
+            .arg("for f in state/*/engine.log */*.work/*.log *.work/*.log; do [ -s $f ] && echo \"--- $f\" && tail -n 40 $f; done")
+            .current_dir(self.place.folder.path())
+            .output()
+            .unwrap_or_else(|_| Output { status: Default::default(), stdout: vec![], stderr: vec![] });
+        String::from_utf8_lossy(&stdout).into_owned()
+    }
+
+    /// Creates and starts it.
+    pub fn start(&self) -> Result<()> {
+        let bundle = self.bundle.path.to_str().context("path")?.to_string();
+        self.verb("create", &["--bundle", &bundle])?;
+        self.verb("start", &[])?;
+        Ok(())
+    }
+
+    /// An image folder of this container.
+    pub fn image(&self, name: &str) -> PathBuf {
+        self.place.path(&format!("{}.{name}", self.id))
+    }
+
+    fn image_flags(&self, name: &str) -> Result<Vec<String>> {
+        let image = self.image(name).to_str().context("path")?.to_string();
+        let work = format!("{image}.work");
+        fs::create_dir_all(&work)?;
+        Ok(vec!["--image-path".into(), image, "--work-path".into(), work])
+    }
+
+    /// Checkpoints it, whatever comes of it.
+    pub fn try_checkpoint(&self, name: &str, leave_running: bool) -> Result<Ended> {
+        let flags = self.image_flags(name)?;
+        let mut words: Vec<&str> = flags.iter().map(String::as_str).collect();
+        if leave_running {
+            words.push("--leave-running");
+        }
+        self.try_verb("checkpoint", &words)
+    }
+
+    /// Checkpoints it.
+    pub fn checkpoint(&self, name: &str, leave_running: bool) -> Result<()> {
+        let ended = self.try_checkpoint(name, leave_running)?;
+        if ended.status != 0 {
+            bail!("checkpoint ended with {}: {}\n{}", ended.status, ended.text, self.logs());
+        }
+        Ok(())
+    }
+
+    /// Restores it, whatever comes of it.
+    pub fn try_restore(&self, name: &str) -> Result<Ended> {
+        let flags = self.image_flags(name)?;
+        let bundle = self.bundle.path.to_str().context("path")?.to_string();
+        let mut words: Vec<&str> = flags.iter().map(String::as_str).collect();
+        words.extend(["--detach", "--bundle", &bundle]);
+        self.try_verb("restore", &words)
+    }
+
+    /// Restores it.
+    pub fn restore(&self, name: &str) -> Result<()> {
+        let ended = self.try_restore(name)?;
+        if ended.status != 0 {
+            bail!("restore ended with {}: {}\n{}", ended.status, ended.text, self.logs());
+        }
+        Ok(())
+    }
+
+    /// The sample's status file.
+    pub fn status_file(&self) -> PathBuf {
+        self.bundle.out.join("status")
+    }
+
+    /// Waits for further steps; all lines so far must be right.
+    pub fn steps(&self, more: usize) -> Result<Vec<Status>> {
+        let lines = status::wait_for(&self.status_file(), more, Duration::from_secs(60))
+            .with_context(|| format!("{}\n{}", self.state().unwrap_or_default(), self.logs()))?;
+        status::check(&lines)?;
+        Ok(lines)
+    }
+
+    /// `running`, `stopped` and so on; empty if the runtime does not know it.
+    pub fn state(&self) -> Result<String> {
+        let ended = self.try_verb("state", &[])?;
+        if ended.status != 0 {
+            return Ok(String::new());
+        }
+        let value: serde_json::Value = serde_json::from_str(&ended.text).context("state is JSON")?;
+        Ok(value["status"].as_str().unwrap_or_default().to_string())
+    }
+
+    /// Host process id of its first process.
+    pub fn pid(&self) -> Result<i32> {
+        let value: serde_json::Value = serde_json::from_str(&self.verb("state", &[])?)?;
+        Ok(value["pid"].as_i64().unwrap_or(0) as i32)
+    }
+
+    /// The last error in the runtime's log file.
+    pub fn last_error(&self) -> Result<String> {
+        let log = fs::read_to_string(self.place.path(&format!("{}.log", self.id)))?;
+        let line = log.lines().last().context("the log is empty")?;
+        let value: serde_json::Value = serde_json::from_str(line)?;
+        if value["level"] != "error" {
+            bail!("the log's last line is no error: {line}");
+        }
+        Ok(value["msg"].as_str().unwrap_or_default().to_string())
+    }
+}
+
+impl Drop for Container<'_> {
+    fn drop(&mut self) {
+        let _ = self.try_verb("delete", &["--force"]);
+        // runc leaves the cgroup of a container that CRIU has ended.
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(hierarchy.path().join(&self.id));
+        }
+        let _ = fs::remove_dir(Path::new("/sys/fs/cgroup").join(&self.id));
+    }
+}
