@@ -27,7 +27,7 @@ OUT = os.environ.get("OUT", HERE)
 DRIVER = "/usr/local/nvidia"
 PYTHON = shutil.which("python3")
 ENV = dict(os.environ, PATH=BIN + ":" + os.environ["PATH"], PHOS_STATE_DIR=WORK + "/state", PHOS_CRIU=BIN + "/criu",
-           PHOS_LOWER_RUNTIME=BIN + "/runc", PHOS_LIB_DIR=BIN, PHOS_CONFIG="/nonexistent", CRIU_LIBS_DIR="/nonexistent")
+           PHOS_LOWER_RUNTIME=BIN + "/runc", PHOS_LIB_DIR=BIN, PHOS_CONFIG="/nonexistent", CRIU_LIBS_DIR=WORK + "/no-plugins")
 rows = []
 
 
@@ -53,7 +53,7 @@ def setup():
     shutil.rmtree(WORK, ignore_errors=True)
     os.makedirs(WORK)
     run("mount", "-t", "tmpfs", "-o", "size=115g,mode=755", "tmpfs", WORK)
-    for d in ("upper", "over", "rootfs", "state", "out", "images"):
+    for d in ("upper", "over", "rootfs", "state", "out", "images", "no-plugins"):
         os.makedirs(f"{WORK}/{d}")
     run("mount", "-t", "overlay", "-o", f"lowerdir=/,upperdir={WORK}/upper,workdir={WORK}/over", "overlay", f"{WORK}/rootfs")
     for library in ("libseccomp.so.2",):

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -64,14 +64,18 @@ impl Place {
         Ok(serde_json::from_slice(&fs::read(self.path("report.json"))?)?)
     }
 
-    /// Runs a program with a limit on its time. Output goes through a file: a detached container keeps a pipe open.
-    pub fn command(&self, program: &Path, words: &[&str]) -> Result<Ended> {
+    /// Runs a program with a limit on its time. What it prints comes back, unless a container would inherit its streams
+    /// (`inherited`): CRIU cannot dump one that writes to a file of the host.
+    pub fn command(&self, program: &Path, words: &[&str], inherited: bool) -> Result<Ended> {
         let output = tempfile::tempfile_in(self.folder.path())?;
         let mut command = Command::new(program);
-        command.args(words).envs(&self.env).env("CRIU_LIBS_DIR", "/nonexistent");
+        command.args(words).envs(&self.env);
         let criu = self.tools.criu.parent().unwrap_or(Path::new("/"));
         command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", criu.display()));
-        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        if !inherited {
+            command.stdout(output.try_clone()?).stderr(output.try_clone()?);
+        }
         let mut child = command.current_dir(self.folder.path()).spawn()?;
         let deadline = Instant::now() + LIMIT;
         let status = loop {
@@ -132,7 +136,7 @@ impl Container<'_> {
         words.extend(["--log-format", "json", verb]);
         words.extend(flags);
         words.push(&self.id);
-        self.place.command(&self.runtime, &words)
+        self.place.command(&self.runtime, &words, matches!(verb, "create" | "run" | "restore"))
     }
 
     /// Runs a verb that must succeed.
@@ -146,12 +150,10 @@ impl Container<'_> {
 
     /// The last lines of every log there is, for a failed test.
     pub fn logs(&self) -> String {
-        let Output { stdout, .. } = Command::new("sh")
-            .arg("-c")
-            .arg("for f in state/*/engine.log */*.work/*.log *.work/*.log; do [ -s $f ] && echo \"--- $f\" && tail -n 40 $f; done")
-            .current_dir(self.place.folder.path())
-            .output()
-            .unwrap_or_else(|_| Output { status: Default::default(), stdout: vec![], stderr: vec![] });
+        let script = "for f in state/*/engine.log */*.work/*.log *.work/*.log; do [ -s $f ] && echo \"--- $f\" && \
+                      grep -E 'Error|rror:|WARN|ERROR|Warn' $f | tail -n 20; done";
+        let output = Command::new("sh").arg("-c").arg(script).current_dir(self.place.folder.path()).output();
+        let stdout = output.map(|o| o.stdout).unwrap_or_default();
         String::from_utf8_lossy(&stdout).into_owned()
     }
 

@@ -25,11 +25,11 @@ pub fn image_path(run: &Context) -> Result<PathBuf> {
     Ok(env::current_dir()?.join(named.unwrap_or("checkpoint".as_ref())))
 }
 
-/// Puts CRIU where the lower runtime looks for it, and NVIDIA's plugin for it where it does not: the GPU is
-/// taken care of here.
+/// Puts CRIU where the lower runtime looks for it, and keeps CRIU from loading NVIDIA's plugin: the GPU is taken
+/// care of here.
 ///
 /// Returns CRIU's version.
-pub fn prepare_environment(run: &Context) -> Result<String> {
+pub fn prepare_environment(run: &Context, state: &StateDir) -> Result<String> {
     let (criu, version) = find_criu(&run.config)?;
     let mut folders: Vec<PathBuf> = criu.parent().map(Into::into).into_iter().collect();
     let listed = env::var_os("PATH")
@@ -38,7 +38,7 @@ pub fn prepare_environment(run: &Context) -> Result<String> {
     // SAFETY: this program has one thread so far.
     unsafe {
         env::set_var("PATH", env::join_paths(folders)?);
-        env::set_var("CRIU_LIBS_DIR", "/nonexistent");
+        env::set_var("CRIU_LIBS_DIR", state.no_plugins());
         if let Some(libcuda) = &run.config.libcuda
             && env::var_os("PHOS_LIBCUDA").is_none()
         {
@@ -70,13 +70,13 @@ pub fn run(run: &Context) -> Result<i32> {
     if args.switch("pre-dump") {
         bail!("--pre-dump of a container with a GPU is not supported yet: make a full checkpoint instead");
     }
-    let criu_version = prepare_environment(run)?;
     // A container that was created by another runtime gets a folder for the time of the checkpoint.
     let own_state = state.exists();
     if !own_state {
         state.create()?;
     }
     let _lock = state.lock()?;
+    let criu_version = prepare_environment(run, &state)?;
     let effective_spec = match state.spec() {
         Some(spec) => spec,
         None => crate::state::read_spec(&container.bundle).unwrap_or_default(),

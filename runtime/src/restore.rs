@@ -30,7 +30,6 @@ pub fn run(run: &Context) -> Result<i32> {
         // No GPU image: the lower runtime's own, or none at all, which it says itself.
         return Err(run.lower.exec(args));
     }
-    prepare_environment(run)?;
     let opened = Image::open(&image)?;
     let state = StateDir::of(args, &run.config, id)?;
     if run.lower.state(args, id)?.is_some() {
@@ -46,6 +45,7 @@ pub fn run(run: &Context) -> Result<i32> {
 
 fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Result<i32> {
     let _lock = state.lock()?;
+    prepare_environment(run, state)?;
     let bundle = bundle(run)?;
     let mut spec = read_spec(&bundle)?;
     let before = spec.clone();

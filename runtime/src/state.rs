@@ -60,6 +60,11 @@ impl StateDir {
         self.path.join("ctl")
     }
 
+    /// An empty folder.
+    pub fn no_plugins(&self) -> PathBuf {
+        self.path.join("no-plugins")
+    }
+
     /// Makes the folder anew.
     pub fn create(&self) -> Result<()> {
         self.remove();
@@ -67,6 +72,7 @@ impl StateDir {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path).with_context(context)?;
         let control = self.control_dir();
         fs::create_dir(&control).with_context(context)?;
+        fs::create_dir(self.no_plugins()).with_context(context)?;
         // Processes of any user of the container listen here; none may remove another's socket.
         fs::set_permissions(&control, fs::Permissions::from_mode(0o1777)).with_context(context)
     }
