@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
@@ -133,9 +134,26 @@ fn wait_for_orphans() {
     }
 }
 
-/// Listens to a worker until it ends.
-fn listen(kept: &mut Kept, wire: &Wire) -> Result<(), WireError> {
+/// Waits until the worker has said something. `false`: whoever reads `outcome` is gone, and so is the need for a worker.
+fn worth_listening(wire: &Wire, outcome: &OwnedFd) -> bool {
     loop {
+        // A pipe whose reader is gone reports an error to its writer, whatever is asked for.
+        let mut fds = [
+            PollFd::new(wire.0.as_fd(), PollFlags::POLLIN),
+            PollFd::new(outcome.as_fd(), PollFlags::empty()),
+        ];
+        if !matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
+            return !fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLERR));
+        }
+    }
+}
+
+/// Listens to a worker until it ends.
+fn listen(kept: &mut Kept, wire: &Wire, outcome: Option<&OwnedFd>) -> Result<(), WireError> {
+    loop {
+        if outcome.is_some_and(|o| !worth_listening(wire, o)) {
+            return Ok(());
+        }
         match wire.receive() {
             Ok((packet, fds)) => kept.apply(packet, fds),
             Err(WireError::Transport(TransportError::Closed)) => return Ok(()),
@@ -161,7 +179,13 @@ pub fn run(args: &[std::ffi::OsString]) -> Result<(), KeeperError> {
     nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)?;
     let mut kept = Kept::default();
     let (mut child, wire) = spawn(role, Path::new(state_dir))?;
-    let mut result = listen(&mut kept, &wire);
+    // A checkpoint is finished whether or not somebody waits for it. A restore without the foreground, which runs the
+    // lower runtime, has no end: its worker holds GPU memory for nobody.
+    let only_while_wanted = (role == WorkerRole::Restore).then_some(&outcome_pipe);
+    let mut result = listen(&mut kept, &wire, only_while_wanted);
+    if only_while_wanted.is_some() && kept.outcome.is_none() {
+        let _ = child.kill();
+    }
     let _ = child.wait();
     drop(wire);
     let mut recoveries = 0;
@@ -169,7 +193,7 @@ pub fn run(args: &[std::ffi::OsString]) -> Result<(), KeeperError> {
         recoveries += 1;
         wait_for_orphans();
         let (mut child, wire) = spawn(WorkerRole::Recover, Path::new(state_dir))?;
-        result = kept.hand_over(&wire).and_then(|()| listen(&mut kept, &wire));
+        result = kept.hand_over(&wire).and_then(|()| listen(&mut kept, &wire, None));
         let _ = child.wait();
     }
     let outcome = kept.outcome.take().unwrap_or_else(|| Outcome {

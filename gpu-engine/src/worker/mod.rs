@@ -15,6 +15,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use phos_protocol::Connection;
 use thiserror::Error;
@@ -53,8 +54,14 @@ struct Worker {
     wire: Wire,
     progress: Progress,
     restore: Mutex<Option<restore::Restore>>,
+    /// The foreground has its answer.
     answered: Notify,
+    /// The job is over, whether or not anybody can still be told.
+    over: Notify,
 }
+
+/// How long the answer may take to reach a foreground that is alive.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
@@ -72,6 +79,7 @@ impl Worker {
         if let Err(e) = self.wire.send(&Packet::Finished(outcome), &[]) {
             tracing::warn!(error = %e, "the keeper is gone");
         }
+        self.over.notify_one();
     }
 }
 
@@ -149,12 +157,19 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
         progress: Progress::default(),
         restore: Mutex::new(None),
         answered: Notify::new(),
+        over: Notify::new(),
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let done = worker.clone();
     runtime.block_on(async move {
         let socket = Path::new(state_dir).join("engine.sock");
-        service::serve(worker, &socket, async move { done.answered.notified().await }).await
+        let finished = async move {
+            tokio::select! {
+                () = done.answered.notified() => {}
+                () = async { done.over.notified().await; tokio::time::sleep(LAST_WORDS).await } => {}
+            }
+        };
+        service::serve(worker, &socket, finished).await
     })?;
     Ok(())
 }

@@ -1,0 +1,116 @@
+//! Processes of phos-runc are killed in the middle of a checkpoint: the program goes on with the right values, or its
+//! image is complete.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use phos_integration::container::Place;
+use phos_integration::sandbox::sandboxed;
+use phos_integration::tools::Tools;
+
+/// A process of this sandbox with all these words on its command line.
+fn process_with(words: &[&str]) -> Option<i32> {
+    let pids =
+        fs::read_dir("/proc").ok()?.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    pids.into_iter().find(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let have: Vec<_> = line.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
+        !have.is_empty() && words.iter().all(|w| have.iter().any(|h| h == w))
+    })
+}
+
+fn wait_until<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> Result<T> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(t) = f() {
+            return Ok(t);
+        }
+        ensure!(Instant::now() < deadline, "{what} did not happen");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A place whose lower runtime stops for a second before each checkpoint (and says so in a file), and then makes it
+/// or fails.
+fn slow_place(tools: &Tools, fails: bool) -> Result<Place> {
+    let mut place = Place::new(tools)?;
+    let path = place.path("slow-runc");
+    let then = if fails { "exit 1" } else { "exec" };
+    let mark = place.path("dumping");
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' checkpoint '*) touch {}; sleep 1; [ '{then}' = exec ] || exit 1 ;; esac\nexec {} \"$@\"\n",
+        mark.display(),
+        tools.runc.display()
+    );
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    place.env.insert("PHOS_LOWER_RUNTIME".into(), path.into());
+    Ok(place)
+}
+
+fn worker(tools: &Tools) -> Result<()> {
+    for fails in [true, false] {
+        let place = slow_place(tools, fails)?;
+        let container = place.sample(&["--mib", "24"])?;
+        container.start()?;
+        let before = container.steps(3)?.len();
+        thread::scope(|scope| {
+            let checkpoint = scope.spawn(|| container.try_checkpoint("image", true));
+            wait_until("the dump", || place.path("dumping").exists().then_some(()))?;
+            let pid = process_with(&["__worker", "checkpoint"]).context("there is a worker")?;
+            kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+            let ended = checkpoint.join().expect("the thread ends")?;
+            ensure!(ended.status == 1, "{ended:?}");
+            ensure!(ended.text.contains("runs on"), "{}", ended.text);
+            anyhow::Ok(())
+        })?;
+        ensure!(container.steps(5)?.len() > before);
+        ensure!(!container.image("image").join("phos.json").exists(), "no partial image");
+        // And a second attempt works.
+        if !fails {
+            fs::remove_file(place.path("dumping"))?;
+            container.checkpoint("second", true)?;
+            container.steps(3)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_program_goes_on_when_the_worker_is_killed() {
+    sandboxed("the_program_goes_on_when_the_worker_is_killed", |tools| worker(tools).unwrap());
+}
+
+fn foreground(tools: &Tools) -> Result<()> {
+    let place = slow_place(tools, false)?;
+    let container = place.sample(&["--mib", "24"])?;
+    container.start()?;
+    container.steps(3)?;
+    let id = container.id.clone();
+    thread::scope(|scope| {
+        let checkpoint = scope.spawn(|| container.try_checkpoint("image", false));
+        wait_until("the dump", || place.path("dumping").exists().then_some(()))?;
+        let pid = process_with(&["checkpoint", "--image-path", &id, "--log-format"])
+            .context("there is a foreground")?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+        checkpoint.join().expect("the thread ends")?;
+        anyhow::Ok(())
+    })?;
+    // Nobody waits for the worker any more; it finishes all the same.
+    wait_until("the image", || container.image("image").join("phos.json").exists().then_some(()))?;
+    wait_until("the keeper's end", || process_with(&["__keeper"]).is_none().then_some(()))?;
+    container.try_verb("delete", &["--force"])?;
+    container.restore("image")?;
+    container.steps(5)?;
+    Ok(())
+}
+
+#[test]
+fn the_image_is_finished_when_the_foreground_is_killed() {
+    sandboxed("the_image_is_finished_when_the_foreground_is_killed", |tools| foreground(tools).unwrap());
+}
