@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Gpu};
 use crate::status::{self, Status};
 use crate::tools::Tools;
 
@@ -25,6 +25,8 @@ pub struct Place {
     folder: tempfile::TempDir,
     /// Added to every command's environment.
     pub env: BTreeMap<String, OsString>,
+    /// The GPU that containers of the sample get.
+    pub gpu: Gpu,
     containers: AtomicU32,
 }
 
@@ -38,20 +40,29 @@ pub struct Ended {
 }
 
 impl Place {
-    /// A new one.
+    /// A new one, with the simulated GPU.
     pub fn new(tools: &Tools) -> Result<Self> {
+        Self::with_gpu(tools, Gpu::Simulated)
+    }
+
+    /// A new one.
+    pub fn with_gpu(tools: &Tools, gpu: Gpu) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("phos-test-").tempdir()?;
         let path = |name: &str| folder.path().join(name).into_os_string();
-        let env = BTreeMap::from([
+        let mut env = BTreeMap::from([
             ("PHOS_STATE_DIR".to_string(), path("state")),
             ("PHOS_CONFIG".to_string(), path("config.toml")),
             ("PHOS_LOWER_RUNTIME".to_string(), tools.runc.clone().into()),
             ("PHOS_CRIU".to_string(), tools.criu.clone().into()),
             ("PHOS_LIB_DIR".to_string(), tools.built.clone().into()),
-            ("PHOS_LIBCUDA".to_string(), tools.program("libsimcuda.so").into()),
             ("PHOS_REPORT".to_string(), path("report.json")),
         ]);
-        Ok(Place { tools: tools.clone(), folder, env, containers: AtomicU32::new(0) })
+        let libcuda = match &gpu {
+            Gpu::Real(library) => library.clone(),
+            _ => tools.program("libsimcuda.so"),
+        };
+        env.insert("PHOS_LIBCUDA".to_string(), libcuda.into());
+        Ok(Place { tools: tools.clone(), folder, env, gpu, containers: AtomicU32::new(0) })
     }
 
     /// A path in the place.
@@ -99,11 +110,11 @@ impl Place {
     pub fn sample(&self, options: &[&str]) -> Result<Container<'_>> {
         let args =
             [&["/usr/bin/phos-sample", "--out", "/out/status", "--stop-file", "/out/stop"], options].concat();
-        self.container(&args, true)
+        self.container(&args, &self.gpu)
     }
 
     /// A container of any command.
-    pub fn container(&self, args: &[&str], gpu: bool) -> Result<Container<'_>> {
+    pub fn container(&self, args: &[&str], gpu: &Gpu) -> Result<Container<'_>> {
         let number = self.containers.fetch_add(1, Ordering::SeqCst);
         // The cgroup hierarchy is the machine's: names must not meet another test's.
         let unique =

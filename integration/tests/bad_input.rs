@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use phos_integration::bundle::Gpu;
 use phos_integration::container::{Container, Ended, Place};
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
@@ -221,7 +222,7 @@ fn without_gpu(tools: &Tools) -> Result<()> {
         "i=0; while [ ! -e /out/stop ]; do i=$((i+1)); echo $i > /out/count; /bin/busybox sleep 0.02; done";
     let mut files = Vec::new();
     for runtime in [tools.program("phos-runc"), tools.runc.clone()] {
-        let mut container = place.container(&["/bin/sh", "-c", script], false)?;
+        let mut container = place.container(&["/bin/sh", "-c", script], &Gpu::No)?;
         container.runtime = runtime;
         let before = fs::read(container.bundle.path.join("config.json"))?;
         container.start()?;

@@ -97,11 +97,6 @@ impl Args {
     pub fn switch(&self, name: &str) -> bool {
         self.flags.get(name).is_some_and(|v| v != "false" && v != "0")
     }
-
-    /// The global flags as they were written.
-    pub fn global_words(&self) -> &[OsString] {
-        &self.all[..self.verb_at]
-    }
 }
 
 /// Reads flags from word `from` on, up to the first word that is none; returns its number.
@@ -145,7 +140,7 @@ mod tests {
         assert_eq!((a.verb.as_str(), a.id()), ("create", Some("c1")));
         assert_eq!(a.global["root"], "/r");
         assert_eq!(a.value("bundle"), Some(OsStr::new("/b")));
-        assert_eq!(a.global_words().len(), 7);
+        assert_eq!(a.verb_at, 7);
         let a = parse(
             "restore --image-path /i --work-path=/w --detach --pid-file /p -no-subreaper --bundle /b c2",
         );

@@ -10,8 +10,6 @@ use crate::stream::Streams;
 
 /// A context.
 pub struct Context {
-    /// Its handle.
-    pub handle: usize,
     /// Its device.
     pub device: i32,
     /// Its streams.
@@ -42,12 +40,8 @@ fn contexts() -> MutexGuard<'static, Option<Contexts>> {
 fn make(contexts: &mut Contexts, device: i32) -> usize {
     contexts.next += 0x1000;
     let handle = 0xc0de_0000 + contexts.next;
-    let context = Context {
-        handle,
-        device,
-        streams: Streams::default(),
-        limits: Mutex::new(HashMap::from([(0, 1024)])),
-    };
+    let context =
+        Context { device, streams: Streams::default(), limits: Mutex::new(HashMap::from([(0, 1024)])) };
     contexts.all.insert(handle, Arc::new(context));
     device::hold_node();
     handle

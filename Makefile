@@ -1,0 +1,39 @@
+# phos-runc. `make demo` and `make test` are all a newcomer needs; both install what the machine lacks (root, apt).
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO ?= cargo
+
+.PHONY: all demo test setup build release install kernels gpu-bundle
+
+all: release
+
+setup:
+	integration/scripts/setup.sh
+
+build: setup
+	$(CARGO) build --workspace
+
+# A container with a GPU (or the simulated driver), checkpointed running, stopped, restored, and proven.
+demo: build
+	integration/scripts/sandbox.sh target/debug/demo
+
+# Everything that runs without a GPU.
+test: build
+	$(CARGO) test --workspace
+
+release:
+	$(CARGO) build --release -p phos-runc -p phos-shim -p phos-hooks
+
+install: release
+	install -D -m 755 target/release/phos-runc $(DESTDIR)$(PREFIX)/bin/phos-runc
+	install -D -m 755 target/release/libphos.so $(DESTDIR)$(PREFIX)/lib/phos/libphos.so
+	if [ -x target/release/phos-hook ]; then install -D -m 755 target/release/phos-hook $(DESTDIR)$(PREFIX)/lib/phos/phos-hook; fi
+
+# Recompiles the GPU kernels; the results are committed, so this is needed only after changing them.
+kernels:
+	integration/sample/kernels/build.py
+
+# A folder that runs the GPU tests and benchmarks on a machine without packages.
+gpu-bundle:
+	integration/scripts/gpu-bundle.sh
