@@ -235,8 +235,7 @@ fn without_gpu(tools: &Tools) -> Result<()> {
         container.checkpoint("image", false)?;
         let mut names: Vec<_> = fs::read_dir(container.image("image"))?
             .flatten()
-            .map(|e| e.file_name().into_string())
-            .flatten()
+            .flat_map(|e| e.file_name().into_string())
             .collect();
         // Process ids are part of some names; the kinds of files must be the same.
         names.iter_mut().for_each(|n| n.retain(|c| !c.is_ascii_digit()));

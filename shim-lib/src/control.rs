@@ -129,8 +129,9 @@ fn may_command(connection: &Connection) -> bool {
 
 fn greeting(parked: bool) -> Message {
     let mut driver = 0;
-    // SAFETY: `driver` is valid for writing. (While parked the driver is not asked: its state may be away.)
+    // While parked the driver is not asked: its state may be away.
     if !parked {
+        // SAFETY: `driver` is valid for writing.
         unsafe { (api().driver_version)(&mut driver) };
     }
     let generation = table::lock().generation;

@@ -71,7 +71,7 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
     let (api, facts) = (api(), device_facts(device));
     let check = |status| if status == SUCCESS { Ok(()) } else { Err(status) };
     let mut handle = 0;
-    // SAFETY (this function): every pointer is valid for its call; what was made is undone if a later step fails.
+    // SAFETY: every pointer is valid for its call; what was made is undone if a later step fails.
     unsafe { check((api.create)(&mut handle, size, &properties(device, facts.rdma), 0))? };
     let mut fd = -1;
     let mut address = 0;

@@ -75,11 +75,11 @@ impl Small {
         if let Some(after) = block.free.remove(&(at + len)) {
             len += after;
         }
-        if let Some((before, n)) = block.free.range(..at).next_back().map(|(b, n)| (*b, *n)) {
-            if before + n == at {
-                block.free.remove(&before);
-                (at, len) = (before, len + n);
-            }
+        if let Some((before, n)) = block.free.range(..at).next_back().map(|(b, n)| (*b, *n))
+            && before + n == at
+        {
+            block.free.remove(&before);
+            (at, len) = (before, len + n);
         }
         block.free.insert(at, len);
         if block.used.is_empty() {

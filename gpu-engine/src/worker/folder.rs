@@ -52,7 +52,7 @@ impl ImageFolder {
     /// Refuses if fewer than `bytes` are free.
     pub fn require(&self, bytes: u64) -> Result<(), EngineError> {
         let Ok(stat) = statvfs(&self.path) else { return Ok(()) };
-        let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+        let free = stat.blocks_available() * stat.fragment_size();
         if free < bytes {
             let what = format!(
                 "has {} MiB free, the checkpoint needs about {} MiB: free some space or name another folder",

@@ -1,7 +1,7 @@
 //! The kernels, as host functions. Each has the name and the parameters of its `.entry` in some PTX text, and does to
 //! memory exactly what the GPU's would.
 
-use std::slice;
+use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::code::{ILLEGAL_ADDRESS, Result};
@@ -22,12 +22,10 @@ pub fn find(name: &str) -> Option<Kernel> {
     }
 }
 
-/// Device memory as words, checked.
-fn words(space: &Space, address: u64, count: u64) -> Result<&mut [u32]> {
+/// Device memory as words: the whole range is mapped for reading and writing, and stays so while `space` is borrowed.
+fn words(space: &Space, address: u64, count: u64) -> Result<*mut [u32]> {
     space.check(address, count.checked_mul(4).ok_or(ILLEGAL_ADDRESS)?)?;
-    // SAFETY: the whole range is mapped for reading and writing, and stays so while `space` is borrowed. Other
-    // streams may write the same words; as on a GPU, what is read then is one of the values, and a `u32` is never torn.
-    Ok(unsafe { slice::from_raw_parts_mut(address as *mut u32, count as usize) })
+    Ok(ptr::slice_from_raw_parts_mut(address as *mut u32, count as usize))
 }
 
 /// sample.cu: one step of a linear congruential generator in every word.
@@ -35,7 +33,8 @@ fn advance(args: &[u64]) -> Result<()> {
     let [data, count, step] = *args else { return Err(ILLEGAL_ADDRESS) };
     let added = (step as u32).wrapping_mul(2_654_435_761).wrapping_add(1_013_904_223);
     space::using(|s| {
-        for (i, word) in words(s, data, count)?.iter_mut().enumerate() {
+        // SAFETY: checked by `words`. Programs order their kernels by streams, as on a GPU: no two write here at once.
+        for (i, word) in unsafe { &mut *words(s, data, count)? }.iter_mut().enumerate() {
             *word = word.wrapping_mul(1_664_525).wrapping_add(added).wrapping_add(i as u32);
         }
         Ok(())
@@ -46,8 +45,9 @@ fn advance(args: &[u64]) -> Result<()> {
 fn combine(args: &[u64]) -> Result<()> {
     let [to, from, count] = *args else { return Err(ILLEGAL_ADDRESS) };
     space::using(|s| {
-        let from = words(s, from, count)?;
-        for (to, from) in words(s, to, count)?.iter_mut().zip(from) {
+        // SAFETY: as in `advance`; the two ranges are different arrays of the program.
+        let (to, from) = unsafe { (&mut *words(s, to, count)?, &*words(s, from, count)?) };
+        for (to, from) in to.iter_mut().zip(from) {
             *to = to.wrapping_add(*from);
         }
         Ok(())
@@ -58,7 +58,8 @@ fn combine(args: &[u64]) -> Result<()> {
 fn count_generation(_: &[u64]) -> Result<()> {
     let address = module::variable_of_any("generation").ok_or(ILLEGAL_ADDRESS)?;
     space::using(|s| {
-        let word = words(s, address, 1)?;
+        // SAFETY: as in `advance`.
+        let word = unsafe { &mut *words(s, address, 1)? };
         word[0] = word[0].wrapping_add(1);
         Ok(())
     })
