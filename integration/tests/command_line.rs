@@ -1,5 +1,7 @@
 //! phos-runc's command line against a lower runtime that only says how it was called: no container is made.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, which clippy does not take for tests
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};

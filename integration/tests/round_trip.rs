@@ -1,8 +1,11 @@
 //! A container with a GPU is checkpointed and restored; its program goes on with the right values.
 
-use anyhow::Result;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
 use phos_integration::container::Place;
 use phos_integration::sandbox::sandboxed;
+use phos_integration::status;
 use phos_integration::tools::Tools;
 
 fn run(tools: &Tools) -> Result<()> {
@@ -27,4 +30,61 @@ fn run(tools: &Tools) -> Result<()> {
 #[test]
 fn a_gpu_container_survives_checkpoint_and_restore() {
     sandboxed("a_gpu_container_survives_checkpoint_and_restore", |tools| run(tools).unwrap());
+}
+
+fn several(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let script = "/usr/bin/phos-sample --out /out/other --stop-file /out/stop --mib 16 & exec /usr/bin/phos-sample --out /out/status --stop-file /out/stop --mib 24";
+    let container = place.container(&["/bin/sh", "-c", script], &place.gpu)?;
+    let other = container.bundle.out.join("other");
+    let both = || -> Result<()> {
+        container.steps(5)?;
+        status::check(&status::wait_for(&other, 5, Duration::from_secs(60))?)
+    };
+    container.start()?;
+    both()?;
+    container.checkpoint("running", true)?;
+    assert_eq!(place.report()?["processes"], 2);
+    both()?;
+    container.checkpoint("stopped", false)?;
+    container.try_verb("delete", &["--force"])?;
+    container.restore("stopped")?;
+    both()
+}
+
+#[test]
+fn all_gpu_processes_of_a_container_are_saved() {
+    sandboxed("all_gpu_processes_of_a_container_are_saved", |tools| several(tools).unwrap());
+}
+
+fn without_the_library(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let mut container = place.sample(&["--mib", "24"])?;
+    let mut spec = container.bundle.read_spec()?;
+    spec["annotations"]["phos.inject"] = "off".into();
+    container.bundle.write_spec(&spec)?;
+    container.start()?;
+    container.steps(3)?;
+    // The driver holds its device node: CRIU alone cannot dump the process.
+    container.runtime = tools.runc.clone();
+    ensure!(container.try_checkpoint("criu-alone", true)?.status != 0);
+    container.steps(3)?;
+    // The driver saves everything, with a warning.
+    container.runtime = tools.program("phos-runc");
+    container.checkpoint("running", true)?;
+    let warnings = place.report()?["warnings"].to_string();
+    ensure!(warnings.contains("without libphos.so"), "{warnings}");
+    container.steps(3)?;
+    container.checkpoint("stopped", false)?;
+    container.try_verb("delete", &["--force"])?;
+    container.restore("stopped")?;
+    container.steps(3)?;
+    Ok(())
+}
+
+#[test]
+fn a_process_without_the_library_is_saved_by_the_driver_alone() {
+    sandboxed("a_process_without_the_library_is_saved_by_the_driver_alone", |tools| {
+        without_the_library(tools).unwrap()
+    });
 }
