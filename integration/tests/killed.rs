@@ -86,6 +86,43 @@ fn the_program_goes_on_when_the_worker_is_killed() {
     sandboxed("the_program_goes_on_when_the_worker_is_killed", |tools| worker(tools).unwrap());
 }
 
+/// The worker dies when the processes are already in CRIU's image and nowhere else: another one finishes it.
+fn after_the_dump(tools: &Tools) -> Result<()> {
+    let mut place = Place::new(tools)?;
+    let (path, mark) = (place.path("lingering-runc"), place.path("dumped"));
+    let script = format!(
+        "#!/bin/sh\n{} \"$@\" || exit $?\ncase \" $* \" in *' checkpoint '*) touch {}; sleep 1 ;; esac\n",
+        tools.runc.display(),
+        mark.display()
+    );
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    place.env.insert("PHOS_LOWER_RUNTIME".into(), path.into());
+    let container = place.sample(&["--mib", "24"])?;
+    container.start()?;
+    container.steps(3)?;
+    thread::scope(|scope| {
+        let checkpoint = scope.spawn(|| container.try_checkpoint("image", false));
+        wait_until("the dump", || place.path("dumped").exists().then_some(()))?;
+        let pid = process_with(&["__worker", "checkpoint"]).context("there is a worker")?;
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+        let ended = checkpoint.join().expect("the thread ends")?;
+        ensure!(ended.status == 0, "{ended:?}");
+        anyhow::Ok(())
+    })?;
+    container.try_verb("delete", &["--force"])?;
+    container.restore("image")?;
+    container.steps(5)?;
+    Ok(())
+}
+
+#[test]
+fn the_image_is_finished_when_the_worker_is_killed_after_the_dump() {
+    sandboxed("the_image_is_finished_when_the_worker_is_killed_after_the_dump", |tools| {
+        after_the_dump(tools).unwrap()
+    });
+}
+
 fn foreground(tools: &Tools) -> Result<()> {
     let place = slow_place(tools, false)?;
     let container = place.sample(&["--mib", "24"])?;

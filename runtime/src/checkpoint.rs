@@ -39,6 +39,9 @@ pub fn prepare_environment(run: &Context, state: &StateDir) -> Result<String> {
     unsafe {
         env::set_var("PATH", env::join_paths(folders)?);
         env::set_var("CRIU_LIBS_DIR", state.no_plugins());
+        if env::var_os("CRIU_CONFIG_FILE").is_none() {
+            env::set_var("CRIU_CONFIG_FILE", state.criu_options());
+        }
         if let Some(libcuda) = &run.config.libcuda
             && env::var_os("PHOS_LIBCUDA").is_none()
         {

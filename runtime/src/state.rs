@@ -65,6 +65,11 @@ impl StateDir {
         self.path.join("no-plugins")
     }
 
+    /// Options for CRIU that the lower runtime does not set.
+    pub fn criu_options(&self) -> PathBuf {
+        self.path.join("criu.conf")
+    }
+
     /// Makes the folder anew.
     pub fn create(&self) -> Result<()> {
         self.remove();
@@ -73,6 +78,8 @@ impl StateDir {
         let control = self.control_dir();
         fs::create_dir(&control).with_context(context)?;
         fs::create_dir(self.no_plugins()).with_context(context)?;
+        // CRIU gives up after 10 s by default, which a large process on a slow disk can take.
+        fs::write(self.criu_options(), "timeout 600\n").with_context(context)?;
         // Processes of any user of the container listen here; none may remove another's socket.
         fs::set_permissions(&control, fs::Permissions::from_mode(0o1777)).with_context(context)
     }

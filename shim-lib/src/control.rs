@@ -176,9 +176,14 @@ fn report(connection: &Connection, failure: Failure) {
 
 /// Knocks until the host has given everything back.
 fn wait_for_host(folder: &Path) {
-    let Some(address) = address(&folder.join(paths::HOST_SOCKET)) else { return };
+    let door = folder.join(paths::HOST_SOCKET);
+    let Some(address) = address(&door) else { return };
     loop {
         thread::sleep(KNOCK);
+        // CRIU may look at this process at any moment: no socket is opened before there is a door.
+        if !door.exists() {
+            continue;
+        }
         let Some(fd) = seqpacket() else { continue };
         // SAFETY: `address` is valid for the call; the fd is owned by `connection` from here on.
         let (connected, connection) = unsafe {

@@ -47,7 +47,8 @@ pub fn device_facts(device: DeviceOrdinal) -> DeviceFacts {
         DeviceFacts {
             uuid,
             parkable: named && attribute(DEVICE_VMM) && attribute(DEVICE_FD),
-            rdma: attribute(DEVICE_RDMA_VMM),
+            // Asked for only where there is an adapter that could use it.
+            rdma: attribute(DEVICE_RDMA_VMM) && std::path::Path::new("/dev/infiniband").exists(),
         }
     })
 }

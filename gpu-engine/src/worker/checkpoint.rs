@@ -175,7 +175,6 @@ impl Checkpoint<'_> {
                 });
             }
             let table = library.table(0)?;
-            subject.summary = Some(summary);
             subject.apply(table, self.wire)?;
             subject.import(self.device.as_ref())?;
         }

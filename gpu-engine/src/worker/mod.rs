@@ -150,7 +150,7 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
     let wire = Wire(Connection::new(fd));
     if role == WorkerRole::Recover {
         let device: Arc<dyn Device> = device::cuda::open().map_err(EngineError::from)?;
-        return Ok(recover::run(device.as_ref(), &wire)?);
+        return Ok(recover::run(&device, &wire)?);
     }
     let worker = Arc::new(Worker {
         wire,

@@ -1,17 +1,24 @@
-//! After a dead worker: brings the application back to running with what the keeper held.
+//! After a dead worker: brings the application back to running with what the keeper held. If the application is in the
+//! lower runtime's image already and nowhere else, finishes the GPU's part of that image instead.
 
+use std::fs;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
 
 use phos_protocol::message::Entry;
 
 use super::folder;
+use super::save::{self, Saver};
+use super::subject::{Piece, Subject};
 use super::wake::{Sleeper, wake};
 use crate::device::Device;
 use crate::error::EngineError;
-use crate::job::CheckpointJob;
+use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Held, KeptProcess, Outcome, Packet, Phase, Wire};
 use crate::lower;
 use crate::peer::ControlDir;
+use crate::progress::Progress;
 
 /// What the keeper held.
 #[derive(Default)]
@@ -40,11 +47,38 @@ fn inherit(wire: &Wire) -> Result<Inherited, EngineError> {
 }
 
 /// Receives the keeper's state and puts the container right.
-pub fn run(device: &dyn Device, wire: &Wire) -> Result<(), EngineError> {
+pub fn run(device: &Arc<dyn Device>, wire: &Wire) -> Result<(), EngineError> {
     let inherited = inherit(wire)?;
     let job: CheckpointJob =
         serde_json::from_str(&inherited.job).map_err(|e| EngineError::Keeper(e.into()))?;
-    tracing::warn!(container = job.container, lower_done = inherited.lower_done, "recovering");
+    let alive = inherited.processes.iter().any(KeptProcess::is_alive);
+    // The lower runtime may have outlived the worker, so its success may not have been told; its inventory says it.
+    let dumped = inherited.lower_done || job.image.join("inventory.img").exists();
+    tracing::warn!(container = job.container, alive, dumped, "recovering");
+    let outcome = if !alive && !job.leave_running && dumped {
+        let report = finish(device.as_ref(), &job, inherited)?;
+        Outcome { error: String::new(), report: serde_json::to_string(&report).unwrap_or_default() }
+    } else {
+        bring_back(device.as_ref(), &job, &inherited, wire)?;
+        folder::empty(&job.image);
+        let error = if alive {
+            "the checkpoint worker was ended; the container runs on and no image was written"
+        } else {
+            "the checkpoint worker was ended and the container has ended; no image was written"
+        };
+        Outcome { error: error.into(), report: String::new() }
+    };
+    wire.send(&Packet::Finished(outcome), &[])?;
+    Ok(())
+}
+
+/// Gives every process what it lacks.
+fn bring_back(
+    device: &dyn Device,
+    job: &CheckpointJob,
+    inherited: &Inherited,
+    wire: &Wire,
+) -> Result<(), EngineError> {
     let control = match job.control_dir.exists() {
         true => Some(ControlDir::open(&job.control_dir)?),
         false => None,
@@ -60,7 +94,6 @@ pub fn run(device: &dyn Device, wire: &Wire) -> Result<(), EngineError> {
             .map(|(_, held, fd)| (Entry::from(held), fd.as_raw_fd()))
             .collect(),
     };
-    let alive = inherited.processes.iter().any(|p| p.is_alive());
     let away = |p: &&KeptProcess| matches!(p.phase, Phase::Parking | Phase::Detaching);
     let sleepers = inherited.processes.iter().filter(away).map(sleeper).collect();
     wake(device, control.as_ref(), sleepers, &job.timeouts, || Ok(()))?;
@@ -68,18 +101,40 @@ pub fn run(device: &dyn Device, wire: &Wire) -> Result<(), EngineError> {
         let process = KeptProcess { phase: Phase::Attached, ..process.clone() };
         wire.send(&Packet::Process(process), &[])?;
     }
-    if alive {
-        if job.frozen {
-            let _ = lower::run(&job.lower_pause, job.timeouts.lower());
-        }
-        folder::empty(&job.image);
+    if job.frozen {
+        let _ = lower::run(&job.lower_pause, job.timeouts.lower());
     }
-    let error = match alive {
-        true => "the checkpoint worker was ended; the container runs on and no image was written",
-        false => {
-            "the checkpoint worker was ended after the container had been stopped; what there is of the image was kept"
-        }
-    };
-    wire.send(&Packet::Finished(Outcome { error: error.into(), report: String::new() }), &[])?;
     Ok(())
+}
+
+/// Removes what the dead worker had begun to write.
+fn remove_begun(image: &Path) {
+    for entry in fs::read_dir(image).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_string_lossy().trim_start_matches('.').starts_with("phos") {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// The processes are gone and CRIU's image is complete: writes the memory that only the keeper has left.
+fn finish(
+    device: &dyn Device,
+    job: &CheckpointJob,
+    inherited: Inherited,
+) -> Result<CheckpointReport, EngineError> {
+    remove_begun(&job.image);
+    let mut subjects: Vec<Subject> = inherited.processes.into_iter().map(Subject::new).collect();
+    for (pid, held, fd) in inherited.memory {
+        if let Some(subject) = subjects.iter_mut().find(|s| s.kept.pid == pid) {
+            subject.pieces.push(Piece { held, fd, region: None, snapshot: None });
+        }
+    }
+    subjects.iter_mut().try_for_each(|s| s.import(device))?;
+    let mut report = CheckpointReport { processes: subjects.len() as u32, ..CheckpointReport::default() };
+    report.warnings.push("the checkpoint worker was ended; another one finished the image".into());
+    let mut saver = Saver::prepare(device, &job.image)?;
+    saver.copy(&subjects, &Progress::default())?;
+    save::commit(saver, job, &subjects, &mut report)?;
+    Ok(report)
 }

@@ -3,8 +3,6 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
-use phos_protocol::message::Summary;
-
 use crate::device::{Device, GpuId, Region};
 use crate::error::EngineError;
 use crate::keeper::wire::{Held, KeptProcess, Packet, Phase, Wire};
@@ -29,8 +27,6 @@ pub struct Subject {
     pub kept: KeptProcess,
     /// The conversation with its library, while there is one.
     pub library: Option<Library>,
-    /// What it said it holds, at preflight.
-    pub summary: Option<Summary>,
     /// Its memory.
     pub pieces: Vec<Piece>,
     /// Table generation that `pieces` stands at.
@@ -38,6 +34,11 @@ pub struct Subject {
 }
 
 impl Subject {
+    /// A process nothing else is known of yet.
+    pub fn new(kept: KeptProcess) -> Self {
+        Subject { kept, library: None, pieces: Vec::new(), generation: 0 }
+    }
+
     /// Announces a phase to the keeper, before the step is taken.
     pub fn enter(&mut self, wire: &Wire, phase: Phase) -> Result<(), EngineError> {
         self.kept.phase = phase;
@@ -121,7 +122,7 @@ pub fn find(
             has_library: library.is_some(),
             phase: Phase::Running,
         };
-        subjects.push(Subject { kept, library, summary: None, pieces: Vec::new(), generation: 0 });
+        subjects.push(Subject { library, ..Subject::new(kept) });
     }
     Ok(subjects)
 }
