@@ -24,6 +24,12 @@ fn run(tools: &Tools) -> Result<()> {
     box1.restore("stopped")?;
     box1.steps(10)?;
     assert_eq!(box1.state()?, "running");
+    // An image taken while it ran holds the state of that moment.
+    box1.try_verb("delete", &["--force"])?;
+    std::fs::remove_file(box1.status_file())?;
+    box1.restore("running-1")?;
+    let again = box1.steps(10)?;
+    assert!(again[0].step > 5 && again[0].step < 15, "it goes on at step {}", again[0].step);
     Ok(())
 }
 
