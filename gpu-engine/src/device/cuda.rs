@@ -289,7 +289,8 @@ impl Stream for CudaStream {
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        let _ = self.enter();
+        // Whatever goes wrong above, no copy outlives the buffers it was given.
+        let _ = self.wait();
         let _ = check!(cuStreamDestroy_v2(self.stream));
     }
 }

@@ -135,7 +135,8 @@ pub trait Pinned: Send {
     fn bytes_mut(&mut self) -> &mut [u8];
 }
 
-/// A queue of copies on one GPU. Operations run in order and asynchronously; [`Stream::wait`] waits for all.
+/// A queue of copies on one GPU. Operations run in order and asynchronously; [`Stream::wait`] waits for all, and so does
+/// dropping it: drop it before the buffers and regions it was given.
 pub trait Stream: Send {
     /// Host ← GPU: `len` bytes from `address` to offset `at` of `to`.
     ///

@@ -44,6 +44,7 @@ fn drive(
     take: impl Fn() -> Option<(usize, Extent)>,
 ) -> Result<(), EngineError> {
     let mut ring = Ring::allocate(device)?;
+    // Declared behind the ring, so dropped before it: that ends the copies from its buffers.
     let mut streams = std::collections::BTreeMap::new();
     let mut busy: [Option<crate::device::GpuId>; 2] = [None, None];
     let mut turn = 0;
