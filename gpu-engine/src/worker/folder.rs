@@ -1,4 +1,7 @@
-//! The image folder: made if it is missing, refused unless it is empty, emptied again if the checkpoint fails.
+//! The image folder: made if it is missing, refused if something else is in it, as it was if the checkpoint fails.
+//!
+//! Podman checkpoints into the same folder again and again, and the lower runtime would overwrite what is there. An
+//! earlier image is therefore set aside and only removed once the new one is complete.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -14,6 +17,8 @@ pub struct ImageFolder {
     path: PathBuf,
     made: bool,
     keep: bool,
+    /// Where an earlier image waits.
+    aside: Option<PathBuf>,
 }
 
 impl ImageFolder {
@@ -31,13 +36,6 @@ impl ImageFolder {
             }
             Err(e) => return Err(fail(e.to_string())),
         };
-        let folder = ImageFolder { path: path.into(), made, keep: false };
-        let mut entries = fs::read_dir(path).map_err(|e| fail(e.to_string()))?;
-        if entries.next().is_some() {
-            // Not this job's to empty.
-            std::mem::forget(folder);
-            return Err(fail("is not empty: name an empty one or remove what is in it".into()));
-        }
         let probe = path.join(".phos-probe");
         File::options()
             .write(true)
@@ -46,7 +44,17 @@ impl ImageFolder {
             .open(&probe)
             .map_err(|e| fail(format!("cannot be written ({e}): name a folder that can be written")))?;
         let _ = fs::remove_file(&probe);
-        Ok(folder)
+        let mut entries = fs::read_dir(path).map_err(|e| fail(e.to_string()))?;
+        let aside = match entries.next().is_some() {
+            false => None,
+            // CRIU's inventory: what is here is a checkpoint.
+            true if path.join("inventory.img").is_file() => Some(
+                set_aside(path)
+                    .map_err(|e| fail(format!("holds an earlier image that cannot be replaced: {e}")))?,
+            ),
+            true => return Err(fail("is not empty: name an empty one or remove what is in it".into())),
+        };
+        Ok(ImageFolder { path: path.into(), made, keep: false, aside })
     }
 
     /// Refuses if fewer than `bytes` are free.
@@ -64,9 +72,10 @@ impl ImageFolder {
         Ok(())
     }
 
-    /// The image is complete: nothing is removed any more.
+    /// The image is complete: it stays, and an earlier one goes.
     pub fn keep(mut self) {
         self.keep = true;
+        forget_earlier(&self.path);
     }
 }
 
@@ -76,14 +85,58 @@ impl Drop for ImageFolder {
             return;
         }
         empty(&self.path);
+        if let Some(aside) = &self.aside {
+            if let Err(e) = move_all(aside, &self.path) {
+                tracing::error!(aside = %aside.display(), error = %e, "the earlier image could not be put back");
+                return;
+            }
+            let _ = fs::remove_dir(aside);
+        }
         if self.made {
             let _ = fs::remove_dir(&self.path);
         }
     }
 }
 
+/// Where an earlier image of `folder` waits while a new one is made.
+fn aside_of(folder: &Path) -> PathBuf {
+    let mut name = folder.as_os_str().to_os_string();
+    name.push(".phos-earlier");
+    name.into()
+}
+
+fn move_all(from: &Path, to: &Path) -> io::Result<()> {
+    fs::read_dir(from)?.try_for_each(|entry| {
+        let name = entry?.file_name();
+        fs::rename(from.join(&name), to.join(&name))
+    })
+}
+
+fn set_aside(folder: &Path) -> io::Result<PathBuf> {
+    let aside = aside_of(folder);
+    DirBuilder::new().mode(0o700).create(&aside)?;
+    move_all(folder, &aside)?;
+    Ok(aside)
+}
+
+/// Removes the earlier image of `folder`, if one waits.
+pub fn forget_earlier(folder: &Path) {
+    let _ = fs::remove_dir_all(aside_of(folder));
+}
+
+/// For a worker that recovers: what [`ImageFolder`] does when it is dropped, in a dead worker's stead.
+pub fn undo(folder: &Path) {
+    let aside = aside_of(folder);
+    drop(ImageFolder {
+        path: folder.into(),
+        made: false,
+        keep: false,
+        aside: aside.is_dir().then_some(aside),
+    });
+}
+
 /// Removes everything in a folder that was empty when the job began.
-pub fn empty(folder: &Path) {
+fn empty(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let removed = match entry.file_type() {
             Ok(t) if t.is_dir() => fs::remove_dir_all(entry.path()),
@@ -115,6 +168,32 @@ mod tests {
         assert_eq!(fs::read_dir(&given).unwrap().count(), 0);
         ImageFolder::prepare(&given).unwrap().keep();
         assert!(given.exists());
+    }
+
+    #[test]
+    fn an_earlier_image_goes_only_when_the_new_one_is_complete() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("image");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("inventory.img"), "old").unwrap();
+        for how in ["drop", "undo"] {
+            let folder = ImageFolder::prepare(&path).unwrap();
+            assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+            fs::write(path.join("inventory.img"), "half").unwrap();
+            if how == "drop" {
+                drop(folder);
+            } else {
+                std::mem::forget(folder);
+                undo(&path);
+            }
+            assert_eq!(fs::read_to_string(path.join("inventory.img")).unwrap(), "old", "{how}");
+            assert_eq!(fs::read_dir(base.path()).unwrap().count(), 1);
+        }
+        let folder = ImageFolder::prepare(&path).unwrap();
+        fs::write(path.join("inventory.img"), "new").unwrap();
+        folder.keep();
+        assert_eq!(fs::read_to_string(path.join("inventory.img")).unwrap(), "new");
+        assert_eq!(fs::read_dir(base.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -60,7 +60,7 @@ pub fn run(device: &Arc<dyn Device>, wire: &Wire) -> Result<(), EngineError> {
         Outcome { error: String::new(), report: serde_json::to_string(&report).unwrap_or_default() }
     } else {
         bring_back(device.as_ref(), &job, &inherited, wire)?;
-        folder::empty(&job.image);
+        folder::undo(&job.image);
         let error = if alive {
             "the checkpoint worker was ended; the container runs on and no image was written"
         } else {
@@ -136,5 +136,6 @@ fn finish(
     let mut saver = Saver::prepare(device, &job.image)?;
     saver.copy(&subjects, &Progress::default())?;
     save::commit(saver, job, &subjects, &mut report)?;
+    folder::forget_earlier(&job.image);
     Ok(report)
 }
