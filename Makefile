@@ -20,6 +20,7 @@ demo: build
 
 # Everything that runs without a GPU.
 test: build
+	integration/scripts/setup.sh engines
 	$(CARGO) test --workspace
 
 release:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the demo and the tests need and the machine lacks: runc, busybox, and a CRIU of at least 4.1 in
 # .tools/ (Debian 13's, run by its own loader, where the machine has none). Needs root and apt. Quick when all is there.
+# `setup.sh engines` installs Docker and Podman too, for the tests that type their commands.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 tools="$top/.tools"
@@ -13,6 +14,11 @@ command -v runc >/dev/null || packages+=(runc)
 command -v busybox >/dev/null || packages+=(busybox-static)
 command -v python3 >/dev/null || packages+=(python3)
 command -v cc >/dev/null || packages+=(gcc libc6-dev)
+if [ "${1:-}" = engines ]; then
+    command -v podman >/dev/null || packages+=(podman)
+    command -v conmon >/dev/null || packages+=(conmon)
+    { [ -x /usr/sbin/dockerd ] || [ -x /usr/bin/dockerd ]; } || packages+=(docker.io iptables)
+fi
 if [ ${#packages[@]} -gt 0 ]; then
     say "installing ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive

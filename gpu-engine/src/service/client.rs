@@ -9,6 +9,7 @@ use ttrpc::context;
 
 use super::generated::engine as pb;
 use super::generated::engine_ttrpc::EngineClient;
+use super::short_path;
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
 use crate::progress::Step;
 
@@ -59,7 +60,8 @@ impl Client {
     pub async fn connect(socket: &Path, patience: Duration) -> Result<Self, ClientError> {
         let deadline = Instant::now() + patience;
         loop {
-            match UnixStream::connect(socket) {
+            let connected = short_path(socket).and_then(|(_folder, short)| UnixStream::connect(short));
+            match connected {
                 Ok(stream) => {
                     stream.set_nonblocking(true).map_err(gone)?;
                     let stream = tokio::net::UnixStream::from_std(stream).map_err(gone)?;

@@ -8,9 +8,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use ttrpc::r#async::{Server, ServerStreamSender, TtrpcContext};
 
-use super::LowerOutput;
 use super::generated::engine as pb;
 use super::generated::engine_ttrpc::{Engine, create_engine};
+use super::{LowerOutput, short_path};
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
 use crate::progress::{Progress, Step};
 
@@ -137,7 +137,8 @@ pub async fn serve<H: Handler>(
 ) -> ttrpc::Result<()> {
     let temporary = socket.with_extension("new");
     let _ = std::fs::remove_file(&temporary);
-    let listener = UnixListener::bind(&temporary).map_err(internal)?;
+    let (_folder, short) = short_path(&temporary).map_err(internal)?;
+    let listener = UnixListener::bind(short).map_err(internal)?;
     listener.set_nonblocking(true).map_err(internal)?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(internal)?;
     let mut server = Server::new()

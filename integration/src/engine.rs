@@ -1,0 +1,189 @@
+//! Real container engines with private roots and sockets, started and stopped by the tests.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::bundle::Bundle;
+use crate::container::{Ended, Place};
+
+/// Whether the engine's program is on this machine. In CI it must be.
+///
+/// # Panics
+/// In CI, if it is missing.
+pub fn present(program: &str) -> bool {
+    let found =
+        ["/usr/bin", "/usr/sbin", "/usr/local/bin"].iter().any(|d| Path::new(d).join(program).is_file());
+    assert!(
+        found || std::env::var("CI").is_err(),
+        "{program} is missing: run integration/scripts/setup.sh engines"
+    );
+    if !found {
+        eprintln!("skipped: {program} is not installed (integration/scripts/setup.sh engines)");
+    }
+    found
+}
+
+/// Engines run the runtime with an environment of their own: this script stands for phos-runc with the place's.
+fn runtime(place: &Place) -> Result<PathBuf> {
+    let path = place.path("phos-runc");
+    let mut script = String::from("#!/bin/sh\n");
+    for (name, value) in &place.env {
+        script.push_str(&format!("export {name}='{}'\n", value.to_string_lossy()));
+    }
+    script.push_str(&format!("exec {} \"$@\"\n", place.tools.program("phos-runc").display()));
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+fn succeeded(words: &[&str], ended: Ended) -> Result<String> {
+    if ended.status != 0 {
+        bail!("{} ended with {}: {}", words.join(" "), ended.status, ended.text);
+    }
+    Ok(ended.text)
+}
+
+/// Podman.
+pub struct Podman<'a> {
+    place: &'a Place,
+    before: Vec<String>,
+}
+
+impl<'a> Podman<'a> {
+    /// Podman with everything of its own below the place.
+    pub fn new(place: &'a Place) -> Result<Self> {
+        let runtime = runtime(place)?.display().to_string();
+        let at = |name: &str| -> Result<String> {
+            let path = place.path(name);
+            fs::create_dir_all(&path)?;
+            Ok(path.display().to_string())
+        };
+        let (root, run, temporary) = (at("podman")?, at("podman-run")?, at("podman-tmp")?);
+        // Its locks must not be left over from another boot: a file system of its own.
+        mount(Some("tmpfs"), temporary.as_str(), Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+        let conf = place.path("containers.conf");
+        let text = format!(
+            "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1000:1000\"]\n[engine]\ncgroup_manager = \"cgroupfs\"\nevents_logger = \"file\"\n[engine.runtimes]\nphos-runc = [\"{runtime}\"]\n"
+        );
+        fs::write(&conf, text)?;
+        let words = [
+            "CONTAINERS_CONF=",
+            "podman",
+            "--root",
+            &root,
+            "--runroot",
+            &run,
+            "--tmpdir",
+            &temporary,
+            "--cgroup-manager",
+            "cgroupfs",
+            "--runtime",
+            &runtime,
+        ];
+        let mut before: Vec<String> = words.iter().map(ToString::to_string).collect();
+        before[0].push_str(&conf.display().to_string());
+        Ok(Podman { place, before })
+    }
+
+    /// Runs a command that must succeed.
+    pub fn run(&self, words: &[&str]) -> Result<String> {
+        succeeded(words, self.try_run(words)?)
+    }
+
+    /// Runs a command, whatever comes of it.
+    pub fn try_run(&self, words: &[&str]) -> Result<Ended> {
+        let all: Vec<&str> = self.before.iter().map(String::as_str).chain(words.iter().copied()).collect();
+        self.place.command(Path::new("/usr/bin/env"), &all, false)
+    }
+}
+
+impl Drop for Podman<'_> {
+    fn drop(&mut self) {
+        let _ = self.try_run(&["rm", "-f", "-a", "-t", "0"]);
+        let _ = nix::mount::umount(&self.place.path("podman-tmp"));
+    }
+}
+
+/// A Docker daemon and its client.
+pub struct Docker<'a> {
+    place: &'a Place,
+    daemon: Child,
+    socket: String,
+}
+
+impl<'a> Docker<'a> {
+    /// Starts a daemon with everything of its own below the place.
+    pub fn start(place: &'a Place) -> Result<Self> {
+        let at = |name: &str| place.path(name).display().to_string();
+        let socket = format!("unix://{}", at("docker.sock"));
+        let config = serde_json::json!({
+            "experimental": true, "runtimes": {"phos": {"path": runtime(place)?}},
+            "data-root": at("docker"), "exec-root": at("docker-exec"), "pidfile": at("docker.pid"), "hosts": [socket],
+            "iptables": false, "ip6tables": false, "bridge": "none", "storage-driver": "vfs",
+        });
+        fs::write(place.path("daemon.json"), config.to_string())?;
+        let log = fs::File::create(place.path("dockerd.log"))?;
+        let path = format!(
+            "{}:/usr/sbin:/usr/bin:/sbin:/bin",
+            place.tools.criu.parent().unwrap_or(Path::new("/")).display()
+        );
+        let daemon = Command::new("/usr/sbin/dockerd")
+            .args(["--config-file", &at("daemon.json")])
+            .env("PATH", path)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("dockerd")?;
+        let docker = Docker { place, daemon, socket };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while docker.try_run(&["info"])?.status != 0 {
+            if Instant::now() > deadline {
+                bail!("dockerd did not come up: {}", fs::read_to_string(place.path("dockerd.log"))?);
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(docker)
+    }
+
+    /// Makes an image of a bundle's root file system.
+    pub fn import(&self, bundle: &Bundle, name: &str) -> Result<()> {
+        let archive = self.place.path("rootfs.tar");
+        let root = bundle.path.join("rootfs");
+        let words = ["-C", root.to_str().context("path")?, "-cf", archive.to_str().context("path")?, "."];
+        succeeded(&words, self.place.command(Path::new("/usr/bin/tar"), &words, false)?)?;
+        self.run(&["import", archive.to_str().context("path")?, name]).map(|_| ())
+    }
+
+    /// Runs a command that must succeed.
+    pub fn run(&self, words: &[&str]) -> Result<String> {
+        succeeded(words, self.try_run(words)?)
+    }
+
+    /// Runs a command, whatever comes of it.
+    pub fn try_run(&self, words: &[&str]) -> Result<Ended> {
+        let all = [&["-H", &self.socket], words].concat();
+        self.place.command(Path::new("/usr/bin/docker"), &all, false)
+    }
+}
+
+impl Drop for Docker<'_> {
+    fn drop(&mut self) {
+        if let Ok(ids) = self.try_run(&["ps", "-aq"]) {
+            for id in ids.text.split_whitespace() {
+                let _ = self.try_run(&["rm", "-f", id]);
+            }
+        }
+        let _ = kill(Pid::from_raw(self.daemon.id() as i32), Signal::SIGTERM);
+        let _ = self.daemon.wait();
+    }
+}

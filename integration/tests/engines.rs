@@ -1,0 +1,107 @@
+//! The commands people type, on real engines: Docker and Podman with their daemons and monitors.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use phos_integration::bundle::{Bundle, Gpu};
+use phos_integration::container::Place;
+use phos_integration::engine::{Docker, Podman, present};
+use phos_integration::sandbox::sandboxed;
+use phos_integration::status;
+use phos_integration::tools::Tools;
+
+/// The sample in any engine: its GPU, its output folder.
+const DEVICE: [&str; 2] = ["--device", "/dev/fuse:/dev/simgpu0"];
+const SAMPLE: [&str; 5] = ["/usr/bin/phos-sample", "--out", "/out/status", "--mib", "24"];
+
+/// A root file system with the sample in it.
+fn root(place: &Place) -> Result<Bundle> {
+    Bundle::make(&place.tools, &place.path("engine"), "unused", &[], &Gpu::Simulated)
+}
+
+/// Waits for further steps; every line so far must be right.
+fn steps(out: &Path, more: usize) -> Result<u64> {
+    let lines = status::wait_for(&out.join("status"), more, Duration::from_secs(60))?;
+    status::check(&lines)?;
+    Ok(lines.last().map_or(0, |l| l.step))
+}
+
+fn docker(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let bundle = root(&place)?;
+    let engine = Docker::start(&place)?;
+    engine.import(&bundle, "sample")?;
+    let volume = format!("{}:/out", bundle.out.display());
+    let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", "none", "-v", &volume];
+    engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE].concat())?;
+    steps(&bundle.out, 5)?;
+    engine.run(&["checkpoint", "create", "--leave-running", "box", "first"])?;
+    steps(&bundle.out, 5)?;
+    engine.run(&["checkpoint", "create", "box", "second"])?;
+    let listed = engine.run(&["checkpoint", "ls", "box"])?;
+    ensure!(listed.contains("first") && listed.contains("second"), "{listed}");
+    ensure!(engine.run(&["ps", "-q"])?.trim().is_empty(), "the container still runs");
+    engine.run(&["start", "--checkpoint", "second", "box"])?;
+    steps(&bundle.out, 10)?;
+    // An error reaches the person as a sentence.
+    let refused = engine.try_run(&["checkpoint", "create", "--leave-running", "box", "first"])?;
+    ensure!(refused.status != 0);
+    steps(&bundle.out, 3)?;
+    Ok(())
+}
+
+#[test]
+fn docker_checkpoint_create_and_start() {
+    sandboxed("docker_checkpoint_create_and_start", |tools| {
+        if present("dockerd") {
+            docker(tools).unwrap();
+        }
+    });
+}
+
+fn podman(tools: &Tools) -> Result<()> {
+    let mut place = Place::new(tools)?;
+    let bundle = root(&place)?;
+    let rootfs = bundle.path.join("rootfs").display().to_string();
+    let volume = format!("{}:/out", bundle.out.display());
+    {
+        let engine = Podman::new(&place)?;
+        let run = ["run", "-d", "--name", "box", "--network", "none", "-v", &volume];
+        engine.run(&[&run[..], &DEVICE, &["--rootfs", &rootfs], &SAMPLE].concat())?;
+        steps(&bundle.out, 5)?;
+        engine.run(&["container", "checkpoint", "--leave-running", "box"])?;
+        steps(&bundle.out, 5)?;
+        engine.run(&["container", "checkpoint", "box"])?;
+        engine.run(&["container", "restore", "--keep", "box"])?;
+        steps(&bundle.out, 5)?;
+        engine.run(&["container", "checkpoint", "--print-stats", "box"])?;
+        engine.run(&["container", "restore", "box"])?;
+        steps(&bundle.out, 5)?;
+        let archive = place.path("export.tar.gz").display().to_string();
+        engine.run(&["container", "checkpoint", "--leave-running", "--export", &archive, "box"])?;
+        ensure!(fs::metadata(&archive)?.len() > 0);
+        steps(&bundle.out, 5)?;
+    }
+    // What is wrong is said in words that come through Podman.
+    place.env.insert("PHOS_CRIU".into(), "/does/not/exist".into());
+    let engine = Podman::new(&place)?;
+    fs::remove_file(bundle.out.join("status"))?;
+    let run = ["run", "-d", "--name", "other", "--network", "none", "-v", &volume];
+    engine.run(&[&run[..], &DEVICE, &["--rootfs", &rootfs], &SAMPLE].concat())?;
+    steps(&bundle.out, 3)?;
+    let refused = engine.try_run(&["container", "checkpoint", "other"])?;
+    ensure!(refused.status != 0 && refused.text.contains("no CRIU found"), "{refused:?}");
+    steps(&bundle.out, 3)?;
+    Ok(())
+}
+
+#[test]
+fn podman_container_checkpoint_and_restore() {
+    sandboxed("podman_container_checkpoint_and_restore", |tools| {
+        if present("podman") {
+            podman(tools).unwrap();
+        }
+    });
+}
