@@ -45,6 +45,25 @@ fn runtime(place: &Place) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The cgroup below which an engine puts its containers: nothing of another engine's is in it.
+fn cgroup_parent(place: &Place) -> String {
+    let folder = place.path("");
+    format!("/{}-engine", folder.file_name().unwrap_or_default().to_string_lossy())
+}
+
+/// Removes that cgroup from every hierarchy.
+fn remove_cgroup_parent(place: &Place) {
+    let name = cgroup_parent(place);
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
+    for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
+        let parent = hierarchy.join(name.trim_start_matches('/'));
+        for child in fs::read_dir(&parent).into_iter().flatten().flatten() {
+            let _ = fs::remove_dir(child.path());
+        }
+        let _ = fs::remove_dir(parent);
+    }
+}
+
 fn succeeded(words: &[&str], ended: Ended) -> Result<String> {
     if ended.status != 0 {
         bail!("{} ended with {}: {}", words.join(" "), ended.status, ended.text);
@@ -99,6 +118,13 @@ impl<'a> Podman<'a> {
         succeeded(words, self.try_run(words)?)
     }
 
+    /// Runs a container of the root file system `rootfs`, with these further options and this command.
+    pub fn run_container(&self, options: &[&str], rootfs: &str, command: &[&str]) -> Result<String> {
+        let parent = cgroup_parent(self.place);
+        let run = ["run", "-d", "--cgroup-parent", &parent];
+        self.run(&[&run[..], options, &["--rootfs", rootfs], command].concat())
+    }
+
     /// Runs a command, whatever comes of it.
     pub fn try_run(&self, words: &[&str]) -> Result<Ended> {
         let all: Vec<&str> = self.before.iter().map(String::as_str).chain(words.iter().copied()).collect();
@@ -110,6 +136,7 @@ impl Drop for Podman<'_> {
     fn drop(&mut self) {
         let _ = self.try_run(&["rm", "-f", "-a", "-t", "0"]);
         let _ = nix::mount::umount(&self.place.path("podman-tmp"));
+        remove_cgroup_parent(self.place);
     }
 }
 
@@ -129,6 +156,7 @@ impl<'a> Docker<'a> {
             "experimental": true, "runtimes": {"phos": {"path": runtime(place)?}},
             "data-root": at("docker"), "exec-root": at("docker-exec"), "pidfile": at("docker.pid"), "hosts": [socket],
             "iptables": false, "ip6tables": false, "bridge": "none", "storage-driver": "vfs",
+            "cgroup-parent": cgroup_parent(place),
         });
         fs::write(place.path("daemon.json"), config.to_string())?;
         let log = fs::File::create(place.path("dockerd.log"))?;
@@ -185,5 +213,6 @@ impl Drop for Docker<'_> {
         }
         let _ = kill(Pid::from_raw(self.daemon.id() as i32), Signal::SIGTERM);
         let _ = self.daemon.wait();
+        remove_cgroup_parent(self.place);
     }
 }

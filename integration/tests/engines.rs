@@ -68,8 +68,8 @@ fn podman(tools: &Tools) -> Result<()> {
     let volume = format!("{}:/out", bundle.out.display());
     {
         let engine = Podman::new(&place)?;
-        let run = ["run", "-d", "--name", "box", "--network", "none", "-v", &volume];
-        engine.run(&[&run[..], &DEVICE, &["--rootfs", &rootfs], &SAMPLE].concat())?;
+        let options = ["--name", "box", "--network", "none", "-v", &volume];
+        engine.run_container(&[&options[..], &DEVICE].concat(), &rootfs, &SAMPLE)?;
         steps(&bundle.out, 5)?;
         engine.run(&["container", "checkpoint", "--leave-running", "box"])?;
         steps(&bundle.out, 5)?;
@@ -88,8 +88,8 @@ fn podman(tools: &Tools) -> Result<()> {
     place.env.insert("PHOS_CRIU".into(), "/does/not/exist".into());
     let engine = Podman::new(&place)?;
     fs::remove_file(bundle.out.join("status"))?;
-    let run = ["run", "-d", "--name", "other", "--network", "none", "-v", &volume];
-    engine.run(&[&run[..], &DEVICE, &["--rootfs", &rootfs], &SAMPLE].concat())?;
+    let options = ["--name", "other", "--network", "none", "-v", &volume];
+    engine.run_container(&[&options[..], &DEVICE].concat(), &rootfs, &SAMPLE)?;
     steps(&bundle.out, 3)?;
     let refused = engine.try_run(&["container", "checkpoint", "other"])?;
     ensure!(refused.status != 0 && refused.text.contains("no CRIU found"), "{refused:?}");
