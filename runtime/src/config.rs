@@ -115,39 +115,78 @@ impl Config {
     }
 }
 
-/// Finds CRIU and checks its version; returns its path and version.
-pub fn find_criu(config: &Config) -> Result<(PathBuf, String)> {
-    let listed = env::var_os("PATH")
-        .unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into());
-    let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_path_buf()));
-    let mut candidates: Vec<PathBuf> = config.criu().into_iter().collect();
-    if candidates.is_empty() {
-        candidates.extend(beside.into_iter().chain(env::split_paths(&listed)).map(|d| d.join("criu")));
-        candidates.extend(["/usr/lib/phos/criu", "/usr/sbin/criu"].map(PathBuf::from));
-    }
-    let Some(path) = candidates.iter().find(|p| p.is_file()) else {
-        bail!("no CRIU found: install criu 4.1 or newer, or name it in PHOS_CRIU or {PATH}");
-    };
+/// The version a CRIU program says it has.
+fn criu_version(path: &Path) -> Result<String> {
     let output = std::process::Command::new(path)
         .arg("--version")
         .output()
         .with_context(|| format!("cannot run {}", path.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
-    let version = text.lines().find_map(|l| l.strip_prefix("Version:")).map(str::trim).unwrap_or_default();
+    Ok(text.lines().find_map(|l| l.strip_prefix("Version:")).map(str::trim).unwrap_or_default().to_string())
+}
+
+/// Whether that version restores on today's kernels.
+fn new_enough(version: &str) -> bool {
     let mut numbers = version.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
-    if (numbers.next(), numbers.next()) < (Some(4), Some(1)) {
-        let found = if version.is_empty() { "of an unknown version" } else { version };
-        bail!(
-            "{} is CRIU {found}: version 4.1 or newer is needed, name one in PHOS_CRIU or {PATH}",
-            path.display()
-        );
+    (numbers.next(), numbers.next()) >= (Some(4), Some(1))
+}
+
+/// Finds a CRIU of at least 4.1: the one that is named, or the first that is new enough beside this program, where
+/// packages of phos-runc put one, and in `PATH`. Returns its path and version.
+pub fn find_criu(config: &Config) -> Result<(PathBuf, String)> {
+    let candidates: Vec<PathBuf> = match config.criu() {
+        Some(named) => vec![named],
+        None => {
+            let usual = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+            let listed = env::var_os("PATH").unwrap_or_else(|| usual.into());
+            let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.to_path_buf()));
+            let packaged = ["/usr/local/lib/phos", "/usr/lib/phos"].map(PathBuf::from);
+            beside
+                .into_iter()
+                .chain(packaged)
+                .chain(env::split_paths(&listed))
+                .map(|d| d.join("criu"))
+                .collect()
+        }
+    };
+    let mut too_old = None;
+    for path in candidates.into_iter().filter(|p| p.is_file()) {
+        let version = criu_version(&path)?;
+        if new_enough(&version) {
+            return Ok((path, version));
+        }
+        too_old.get_or_insert((path, version));
     }
-    Ok((path.clone(), version.to_string()))
+    match too_old {
+        None => bail!("no CRIU found: install criu 4.1 or newer, or name it in PHOS_CRIU or {PATH}"),
+        Some((path, version)) => {
+            let found = if version.is_empty() { "of an unknown version" } else { &version };
+            bail!(
+                "{} is CRIU {found}: version 4.1 or newer is needed, name one in PHOS_CRIU or {PATH}",
+                path.display()
+            )
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        for (version, expected) in [
+            ("4.1", true),
+            ("4.1.1", true),
+            ("4.10", true),
+            ("5.0", true),
+            ("4.0", false),
+            ("3.17.1", false),
+            ("", false),
+        ] {
+            assert_eq!(new_enough(version), expected, "{version}");
+        }
+    }
 
     #[test]
     fn mistakes_are_named_with_their_line() {

@@ -119,6 +119,14 @@ fn spawn(role: WorkerRole, state_dir: &Path) -> io::Result<(Child, Wire)> {
     Ok((child, Wire(Connection::new(ours))))
 }
 
+/// The last line that the worker wrote to its log.
+fn last_words(state_dir: &Path) -> String {
+    let log = std::fs::read(state_dir.join("engine.log")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&log);
+    let line = text.lines().last().unwrap_or("killed, or out of memory").trim();
+    line.chars().filter(|c| !c.is_control()).take(300).collect()
+}
+
 /// Waits for the end of everything the dead worker had started (the lower runtime above all: it must not be
 /// half way through a dump when the processes are woken).
 fn wait_for_orphans() {
@@ -196,12 +204,17 @@ pub fn run(args: &[std::ffi::OsString]) -> Result<(), KeeperError> {
         result = kept.hand_over(&wire).and_then(|()| listen(&mut kept, &wire, None));
         let _ = child.wait();
     }
-    let outcome = kept.outcome.take().unwrap_or_else(|| Outcome {
-        error: match result {
-            Ok(()) => "the checkpoint worker ended unexpectedly; the container was left as it was".into(),
-            Err(e) => format!("the checkpoint worker ended unexpectedly: {e}"),
-        },
-        report: String::new(),
+    let outcome = kept.outcome.take().unwrap_or_else(|| {
+        let reason = match result {
+            Ok(()) => last_words(Path::new(state_dir)),
+            Err(e) => e.to_string(),
+        };
+        let error = if kept.anything_to_recover() {
+            format!("the checkpoint worker ended ({reason}) and the container could not be brought back to running")
+        } else {
+            format!("the checkpoint worker ended ({reason}); the container was left as it was")
+        };
+        Outcome { error, report: String::new() }
     });
     if let Ok(text) = serde_json::to_vec(&outcome) {
         // The foreground may be gone; then nobody reads it, and that is fine.
