@@ -33,11 +33,12 @@ impl FromStr for Mode {
     }
 }
 
-/// The mode for a container.
+/// The mode for a container. Its annotation is an order; without one, only a container that uses a GPU is touched.
 pub fn mode(spec: &Value, default: Mode) -> Result<Mode, String> {
     match spec["annotations"][ANNOTATION].as_str() {
         Some(text) => text.parse(),
-        None => Ok(default),
+        None if uses_gpu(spec) => Ok(default),
+        None => Ok(Mode::Off),
     }
 }
 
@@ -96,7 +97,8 @@ mod tests {
     #[test]
     fn the_annotation_decides() {
         let with = |v: &str| json!({"annotations": {ANNOTATION: v}});
-        assert_eq!(mode(&json!({}), Mode::Mount), Ok(Mode::Mount));
+        assert_eq!(mode(&json!({}), Mode::Mount), Ok(Mode::Off));
+        assert_eq!(mode(&json!({"mounts": [{"destination": "/dev/nvidia0"}]}), Mode::Mount), Ok(Mode::Mount));
         assert_eq!(mode(&with("off"), Mode::Mount), Ok(Mode::Off));
         assert_eq!(mode(&with("preload"), Mode::Off), Ok(Mode::Preload));
         assert!(mode(&with("yes"), Mode::Mount).unwrap_err().contains("phos.inject=yes"));

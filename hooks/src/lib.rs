@@ -49,7 +49,6 @@ pub fn inject(spec: &Value, bundle: &Path, host: &Host) -> Injection {
     match mode {
         Err(text) => return note(text),
         Ok(Mode::Off) => return Injection::default(),
-        Ok(_) if !detect::uses_gpu(spec) => return Injection::default(),
         Ok(_) => {}
     }
     // A bundle that was run before may carry an earlier run's edits.

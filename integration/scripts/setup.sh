@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the demo and the tests need and the machine lacks: runc, busybox, and a CRIU of at least 4.1 in
 # .tools/ (Debian 13's, run by its own loader, where the machine has none). Needs root and apt. Quick when all is there.
-# `setup.sh engines` installs Docker and Podman too, for the tests that type their commands.
+# `setup.sh engines` installs Docker, containerd and Podman too, for the tests that type their commands.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 tools="$top/.tools"
@@ -17,7 +17,7 @@ command -v cc >/dev/null || packages+=(gcc libc6-dev)
 if [ "${1:-}" = engines ]; then
     command -v podman >/dev/null || packages+=(podman)
     command -v conmon >/dev/null || packages+=(conmon)
-    { [ -x /usr/sbin/dockerd ] || [ -x /usr/bin/dockerd ]; } || packages+=(docker.io iptables)
+    { [ -x /usr/sbin/dockerd ] || [ -x /usr/bin/dockerd ]; } || packages+=(docker.io containerd iptables)
 fi
 if [ ${#packages[@]} -gt 0 ]; then
     say "installing ${packages[*]}"

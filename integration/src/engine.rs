@@ -33,7 +33,7 @@ pub fn present(program: &str) -> bool {
 }
 
 /// Engines run the runtime with an environment of their own: this script stands for phos-runc with the place's.
-fn runtime(place: &Place) -> Result<PathBuf> {
+pub(crate) fn runtime(place: &Place) -> Result<PathBuf> {
     let path = place.path("phos-runc");
     let mut script = String::from("#!/bin/sh\n");
     for (name, value) in &place.env {
@@ -46,13 +46,13 @@ fn runtime(place: &Place) -> Result<PathBuf> {
 }
 
 /// The cgroup below which an engine puts its containers: nothing of another engine's is in it.
-fn cgroup_parent(place: &Place) -> String {
+pub(crate) fn cgroup_parent(place: &Place) -> String {
     let folder = place.path("");
     format!("/{}-engine", folder.file_name().unwrap_or_default().to_string_lossy())
 }
 
 /// Removes that cgroup from every hierarchy.
-fn remove_cgroup_parent(place: &Place) {
+pub(crate) fn remove_cgroup_parent(place: &Place) {
     let name = cgroup_parent(place);
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
     for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
@@ -64,7 +64,7 @@ fn remove_cgroup_parent(place: &Place) {
     }
 }
 
-fn succeeded(words: &[&str], ended: Ended) -> Result<String> {
+pub(crate) fn succeeded(words: &[&str], ended: Ended) -> Result<String> {
     if ended.status != 0 {
         bail!("{} ended with {}: {}", words.join(" "), ended.status, ended.text);
     }

@@ -3,6 +3,7 @@
 
 pub mod bundle;
 pub mod container;
+pub mod containerd;
 pub mod engine;
 pub mod sandbox;
 pub mod status;

@@ -1,4 +1,4 @@
-//! The commands people type, on real engines: Docker and Podman with their daemons and monitors.
+//! The commands people type, on real engines: Docker, Podman and containerd with their daemons and monitors.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use phos_integration::bundle::{Bundle, Gpu};
 use phos_integration::container::Place;
+use phos_integration::containerd::Containerd;
 use phos_integration::engine::{Docker, Podman, present};
 use phos_integration::sandbox::sandboxed;
 use phos_integration::status;
@@ -102,6 +103,36 @@ fn podman_container_checkpoint_and_restore() {
     sandboxed("podman_container_checkpoint_and_restore", |tools| {
         if present("podman") {
             podman(tools).unwrap();
+        }
+    });
+}
+
+fn containerd(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let bundle = root(&place)?;
+    let engine = Containerd::start(&place)?;
+    engine.import(&bundle, "local/sample:1")?;
+    let volume = format!("type=bind,src={},dst=/out,options=rbind:rw", bundle.out.display());
+    // `ctr` gives a device its own path only, so the annotation says that this is a container with a GPU.
+    let options = ["--annotation", "phos.inject=mount", "--device", "/dev/fuse", "--mount", &volume];
+    engine.run_container(&options, "local/sample:1", "box", &SAMPLE)?;
+    steps(&bundle.out, 5)?;
+    engine.run(&["container", "checkpoint", "--task", "--image", "--rw", "box", "local/checkpoint:1"])?;
+    let stood_at = steps(&bundle.out, 5)?;
+    engine.remove("box")?;
+    fs::remove_file(bundle.out.join("status"))?;
+    engine.run(&["container", "restore", "--live", "--rw", "clone", "local/checkpoint:1"])?;
+    let again = steps(&bundle.out, 1)?;
+    ensure!(again > 1 && again < stood_at + 5, "the clone goes on at step {again}");
+    engine.remove("clone")?;
+    Ok(())
+}
+
+#[test]
+fn containerd_checkpoint_and_restore_as_another_container() {
+    sandboxed("containerd_checkpoint_and_restore_as_another_container", |tools| {
+        if present("containerd") {
+            containerd(tools).unwrap();
         }
     });
 }

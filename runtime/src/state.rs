@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
+use phos_protocol::paths;
 use serde_json::Value;
 
 use crate::args::Args;
@@ -77,6 +78,13 @@ impl StateDir {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path).with_context(context)?;
         let control = self.control_dir();
         fs::create_dir(&control).with_context(context)?;
+        // Files are mounted inside the control folder. Where `/run` is a tmpfs of the container, neither the lower
+        // runtime nor CRIU makes the places for them on restore.
+        for inside in [paths::REAL_LIBCUDA, paths::PRELOAD_LIBRARY] {
+            if let Some(name) = Path::new(inside).file_name() {
+                fs::write(control.join(name), "").with_context(context)?;
+            }
+        }
         fs::create_dir(self.no_plugins()).with_context(context)?;
         // CRIU gives up after 10 s by default, which a large process on a slow disk can take.
         fs::write(self.criu_options(), "timeout 600\n").with_context(context)?;

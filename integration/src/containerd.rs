@@ -1,0 +1,142 @@
+//! A containerd with everything of its own, and its client `ctr`.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::bundle::Bundle;
+use crate::container::{Ended, Place};
+use crate::engine::{cgroup_parent, remove_cgroup_parent, runtime, succeeded};
+
+/// A running containerd.
+pub struct Containerd<'a> {
+    place: &'a Place,
+    daemon: Child,
+    socket: String,
+    runtime: String,
+}
+
+/// Stores a blob of an OCI layout; returns its descriptor's digest and size.
+fn store(layout: &Path, blob: &Path) -> Result<Value> {
+    let output = Command::new("sha256sum").arg(blob).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let digest = text.split_whitespace().next().context("sha256sum")?;
+    let size = fs::metadata(blob)?.len();
+    fs::rename(blob, layout.join("blobs/sha256").join(digest))?;
+    Ok(json!({"digest": format!("sha256:{digest}"), "size": size}))
+}
+
+/// Writes an OCI image archive of a root file system. Format: the OCI image specification, version 1.0.
+fn archive(root: &Path, layout: &Path, name: &str, into: &Path) -> Result<()> {
+    fs::create_dir_all(layout.join("blobs/sha256"))?;
+    let tar = |folder: &Path, into: &Path| -> Result<()> {
+        ensure!(Command::new("tar").arg("-C").arg(folder).arg("-cf").arg(into).arg(".").status()?.success());
+        Ok(())
+    };
+    let blob = into.with_extension("blob");
+    let descriptor = |media: &str, mut stored: Value| {
+        stored["mediaType"] = media.into();
+        stored
+    };
+    tar(root, &blob)?;
+    let layer = store(layout, &blob)?;
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": {},
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+    });
+    fs::write(&blob, config.to_string())?;
+    let config = descriptor("application/vnd.oci.image.config.v1+json", store(layout, &blob)?);
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config,
+        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", layer)],
+    });
+    fs::write(&blob, manifest.to_string())?;
+    let mut manifest = descriptor("application/vnd.oci.image.manifest.v1+json", store(layout, &blob)?);
+    manifest["annotations"] = json!({"io.containerd.image.name": name});
+    fs::write(layout.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string())?;
+    fs::write(layout.join("index.json"), json!({"schemaVersion": 2, "manifests": [manifest]}).to_string())?;
+    tar(layout, into)
+}
+
+impl<'a> Containerd<'a> {
+    /// Starts it.
+    pub fn start(place: &'a Place) -> Result<Self> {
+        let at = |name: &str| place.path(name).display().to_string();
+        let socket = at("containerd.sock");
+        let config = format!(
+            "version = 2\nroot = \"{}\"\nstate = \"{}\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = \"{socket}\"\n",
+            at("containerd"),
+            at("containerd-state"),
+        );
+        fs::write(place.path("containerd.toml"), config)?;
+        let log = fs::File::create(place.path("containerd.log"))?;
+        let daemon = Command::new("/usr/bin/containerd")
+            .args(["--config", &at("containerd.toml")])
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("containerd")?;
+        let containerd = Containerd { place, daemon, socket, runtime: runtime(place)?.display().to_string() };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while containerd.try_run(&["version"])?.status != 0 {
+            if Instant::now() > deadline {
+                bail!("containerd did not come up: {}", fs::read_to_string(place.path("containerd.log"))?);
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(containerd)
+    }
+
+    /// Makes an image of a bundle's root file system.
+    pub fn import(&self, bundle: &Bundle, name: &str) -> Result<()> {
+        let into = self.place.path("image.tar");
+        archive(&bundle.path.join("rootfs"), &self.place.path("layout"), name, &into)?;
+        self.run(&["image", "import", into.to_str().context("path")?]).map(|_| ())
+    }
+
+    /// Runs a container of an image under phos-runc.
+    pub fn run_container(&self, options: &[&str], image: &str, name: &str, command: &[&str]) -> Result<()> {
+        // Containers' cgroups lie below one named like the namespace; it is this place's own.
+        let run = ["run", "-d", "--snapshotter", "native", "--null-io", "--runc-binary", &self.runtime];
+        self.run(&[&run[..], options, &[image, name], command].concat()).map(|_| ())
+    }
+
+    /// Ends a container and removes it.
+    pub fn remove(&self, name: &str) -> Result<()> {
+        self.try_run(&["task", "rm", "--force", name])?;
+        self.try_run(&["container", "rm", name]).map(|_| ())
+    }
+
+    /// Runs a command of `ctr` that must succeed.
+    pub fn run(&self, words: &[&str]) -> Result<String> {
+        succeeded(words, self.try_run(words)?)
+    }
+
+    /// Runs a command of `ctr`, whatever comes of it.
+    pub fn try_run(&self, words: &[&str]) -> Result<Ended> {
+        let parent = cgroup_parent(self.place);
+        let all = [&["-a", &self.socket, "-n", parent.trim_start_matches('/')], words].concat();
+        self.place.command(Path::new("/usr/bin/ctr"), &all, false)
+    }
+}
+
+impl Drop for Containerd<'_> {
+    fn drop(&mut self) {
+        let names = self.try_run(&["task", "ls", "-q"]).map(|e| e.text).unwrap_or_default();
+        for name in names.split_whitespace() {
+            let _ = self.remove(name);
+        }
+        let _ = kill(Pid::from_raw(self.daemon.id() as i32), Signal::SIGTERM);
+        let _ = self.daemon.wait();
+        remove_cgroup_parent(self.place);
+    }
+}
