@@ -4,6 +4,9 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
+/// The annotation that says what was done.
+pub const INJECTED: &str = "phos.injected";
+
 /// The annotation that decides about injection.
 pub const ANNOTATION: &str = "phos.inject";
 
@@ -40,6 +43,11 @@ pub fn mode(spec: &Value, default: Mode) -> Result<Mode, String> {
         None if uses_gpu(spec) => Ok(default),
         None => Ok(Mode::Off),
     }
+}
+
+/// How `libphos.so` was put into the container that ran with this configuration.
+pub fn injected(effective: &Value) -> Mode {
+    effective["annotations"][INJECTED].as_str().and_then(|m| m.parse().ok()).unwrap_or(Mode::Off)
 }
 
 /// Whether a path is a GPU's device node: NVIDIA's, or the simulated driver's.

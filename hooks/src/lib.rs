@@ -44,13 +44,18 @@ pub struct Injection {
 
 /// Works out the injection for the configuration `spec` of the bundle in `bundle`.
 pub fn inject(spec: &Value, bundle: &Path, host: &Host) -> Injection {
-    let mode = detect::mode(spec, host.default_mode);
-    let note = |text: String| Injection { edits: Vec::new(), notes: vec![text] };
-    match mode {
-        Err(text) => return note(text),
-        Ok(Mode::Off) => return Injection::default(),
-        Ok(_) => {}
+    match detect::mode(spec, host.default_mode) {
+        Ok(mode) => inject_as(mode, spec, bundle, host),
+        Err(text) => Injection { edits: Vec::new(), notes: vec![text] },
     }
+}
+
+/// The same where it is decided how. A restored container is injected as it was when its image was made.
+pub fn inject_as(mode: Mode, spec: &Value, bundle: &Path, host: &Host) -> Injection {
+    if mode == Mode::Off {
+        return Injection::default();
+    }
+    let note = |text: String| Injection { edits: Vec::new(), notes: vec![text] };
     // A bundle that was run before may carry an earlier run's edits.
     let mut clean = spec.clone();
     plan::remove(&mut clean);
@@ -66,5 +71,5 @@ pub fn inject(spec: &Value, bundle: &Path, host: &Host) -> Injection {
         );
     };
     let notes = vec![format!("libphos.so stands in front of {}", first.inside.display())];
-    Injection { edits: plan::edits(mode.unwrap_or(Mode::Mount), &found, host), notes }
+    Injection { edits: plan::edits(mode, &found, host), notes }
 }

@@ -4,11 +4,8 @@ use phos_protocol::paths;
 use serde_json::{Value, json};
 
 use crate::Host;
-use crate::detect::Mode;
+use crate::detect::{INJECTED, Mode};
 use crate::locate::Found;
-
-/// The annotation that says what was done.
-pub const INJECTED: &str = "phos.injected";
 
 /// One edit of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -94,3 +94,52 @@ fn a_process_without_the_library_is_saved_by_the_driver_alone() {
         without_the_library(tools).unwrap()
     });
 }
+
+/// Whether this process may look at other users' resource limits, as CRIU must.
+fn has_sys_resource() -> bool {
+    const CAP_SYS_RESOURCE: u64 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("CapEff:")?.trim(), 16).ok());
+    mask.is_some_and(|m| m >> CAP_SYS_RESOURCE & 1 == 1)
+}
+
+/// A read-only root file system, an ordinary user, few fds, the library preloaded instead of mounted.
+fn other_shapes(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    for shape in ["read-only", "user", "preload", "few-fds"] {
+        if shape == "user" && !has_sys_resource() {
+            eprintln!("skipped: without CAP_SYS_RESOURCE, CRIU cannot dump another user's process");
+            continue;
+        }
+        let container = place.sample(&["--mib", "24"])?;
+        let mut spec = container.bundle.read_spec()?;
+        match shape {
+            "read-only" => {
+                spec["root"]["readonly"] = true.into();
+            }
+            "user" => {
+                spec["process"]["user"] = serde_json::json!({"uid": 1000, "gid": 1000});
+                std::os::unix::fs::chown(&container.bundle.out, Some(1000), Some(1000))?;
+            }
+            "few-fds" => spec["process"]["rlimits"][0]["soft"] = 40.into(),
+            _ => spec["annotations"]["phos.inject"] = shape.into(),
+        }
+        container.bundle.write_spec(&spec)?;
+        container.start()?;
+        container.steps(3)?;
+        container.checkpoint("running", true)?;
+        assert_eq!(place.report()?["warnings"], serde_json::json!([]), "{shape}");
+        assert!(place.report()?["gpu_bytes"].as_u64() > Some(20 << 20), "{shape}");
+        container.steps(3)?;
+        container.checkpoint("stopped", false)?;
+        container.try_verb("delete", &["--force"])?;
+        container.restore("stopped")?;
+        container.steps(3)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn containers_of_other_shapes_are_saved_too() {
+    sandboxed("containers_of_other_shapes_are_saved_too", |tools| other_shapes(tools).unwrap());
+}

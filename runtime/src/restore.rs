@@ -10,7 +10,7 @@ use phos_engine::image::Image;
 use phos_engine::job::{RestoreJob, RestoreReport};
 use phos_engine::keeper::{self, WorkerRole};
 use phos_engine::service::Client;
-use phos_hooks::{Host, inject, merge, plan};
+use phos_hooks::{Host, Mode, detect, inject_as, merge, plan};
 
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
@@ -56,7 +56,14 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
         control_dir: state.control_dir(),
         default_mode: run.config.inject()?,
     };
-    let injection = inject(&spec, &bundle, &host);
+    let mode = detect::injected(&image.manifest.effective_spec);
+    let injection = inject_as(mode, &spec, &bundle, &host);
+    if mode != Mode::Off && injection.edits.is_empty() {
+        bail!(
+            "cannot put libphos.so into the container as it was when the image was made: {}",
+            injection.notes.join("; ")
+        );
+    }
     injection.notes.iter().for_each(|n| log::warn(&run.args, n));
     plan::apply(&mut spec, &injection.edits);
     state.save_spec(&spec)?;

@@ -41,7 +41,7 @@ fn substitute(symbol: *const c_char, found: *mut c_void, flags: u64) -> *mut c_v
     }
     // CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM
     let per_thread = flags & 2 != 0;
-    let matching = WRAPPED.iter().filter_map(|(index, wrapper)| {
+    let mut matching = WRAPPED.iter().filter_map(|(index, wrapper)| {
         let export = NAMES[*index].to_bytes();
         let (base, variant) = match export.strip_suffix(b"_ptsz").or(export.strip_suffix(b"_ptds")) {
             Some(base) => (base, true),
@@ -51,14 +51,15 @@ fn substitute(symbol: *const c_char, found: *mut c_void, flags: u64) -> *mut c_v
             [stem @ .., b'_', b'v', b'2'..=b'9'] => stem,
             whole => whole,
         };
-        (stem == name).then_some((variant == per_thread, base.len(), wrapper.0 as usize))
+        (stem == name && variant == per_thread).then_some(wrapper.0)
     });
-    match matching.max() {
-        Some((_, _, wrapper)) => {
+    // Of several versions only the driver knows which one this is: then its own is the right one.
+    match (matching.next(), matching.next()) {
+        (Some(wrapper), None) => {
             crate::log!("{} found by name", String::from_utf8_lossy(name));
             wrapper as *mut c_void
         }
-        None => found,
+        _ => found,
     }
 }
 

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::code::{Code, ILLEGAL_STATE, INVALID_VALUE, NOT_READY, NOT_SUPPORTED, Result, SUCCESS};
-use crate::{device, space};
+use crate::{context, device, space};
 
 const NAME: &str = "simcuda-ctl";
 const LINK: &str = "/memfd:simcuda-ctl (deleted)";
@@ -98,8 +98,18 @@ impl Drop for Call {
     }
 }
 
-fn lock_calls(limit: Duration) -> Result<()> {
+/// Stops new API calls, waits for those under way and for the work they have submitted.
+fn lock_process(limit: Duration) -> Result<()> {
     let deadline = Instant::now() + limit;
+    lock_calls(deadline)?;
+    if context::all().iter().all(|c| c.streams.drain(deadline)) {
+        return Ok(());
+    }
+    unlock_calls();
+    Err(NOT_READY)
+}
+
+fn lock_calls(deadline: Instant) -> Result<()> {
     let mut state = CALLS.state.lock().unwrap_or_else(|e| e.into_inner());
     state.1 = true;
     while state.0 > 0 {
@@ -160,7 +170,7 @@ fn serve(block: &Block) {
         let state = block.state.load(Ordering::SeqCst);
         let limit = Duration::from_millis(block.argument.load(Ordering::SeqCst).into());
         let result = match (block.request.load(Ordering::SeqCst), state) {
-            (LOCK, RUNNING) => lock_calls(limit).map(|()| LOCKED),
+            (LOCK, RUNNING) => lock_process(limit).map(|()| LOCKED),
             (CHECKPOINT, LOCKED) => {
                 shared = space::change(|s| s.save());
                 device::release_node();

@@ -86,6 +86,11 @@ pub fn get(handle: usize) -> Result<Arc<Context>> {
     contexts().as_ref().and_then(|c| c.all.get(&handle).cloned()).ok_or(INVALID_CONTEXT)
 }
 
+/// All contexts.
+pub fn all() -> Vec<Arc<Context>> {
+    contexts().as_ref().map(|c| c.all.values().cloned().collect()).unwrap_or_default()
+}
+
 /// The thread's context, whatever its state.
 pub fn current_handle() -> usize {
     STACK.with_borrow(|s| s.last().copied().unwrap_or(0))

@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
+use std::time::Instant;
 
 use crate::code::{Code, Result, SUCCESS};
 
@@ -29,6 +30,18 @@ impl Token {
         while !*done {
             done = self.changed.wait(done).unwrap_or_else(|e| e.into_inner());
         }
+    }
+    /// Waits until `deadline` at most.
+    fn wait_until(&self, deadline: Instant) -> bool {
+        let mut done = lock(&self.done);
+        while !*done {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            done = self.changed.wait_timeout(done, left).unwrap_or_else(|e| e.into_inner()).0;
+        }
+        true
     }
     /// Looks.
     pub fn is_done(&self) -> bool {
@@ -160,10 +173,19 @@ impl Streams {
         done
     }
 
+    fn newest(&self) -> Vec<Arc<Token>> {
+        let others = lock(&self.others);
+        others.values().chain([&self.legacy]).filter_map(|s| s.last()).collect()
+    }
+
     /// Waits for everything.
     pub fn synchronize(&self) -> Code {
-        let all: Vec<_> = lock(&self.others).values().cloned().chain([self.legacy.clone()]).collect();
-        all.iter().filter_map(|s| s.last()).for_each(|t| t.wait());
+        self.newest().iter().for_each(|t| t.wait());
         self.error()
+    }
+
+    /// Waits for everything until `deadline`; whether it is done.
+    pub fn drain(&self, deadline: Instant) -> bool {
+        self.newest().iter().all(|t| t.wait_until(deadline))
     }
 }
