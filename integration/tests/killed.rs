@@ -136,6 +136,9 @@ fn foreground(tools: &Tools) -> Result<()> {
             .context("there is a foreground")?;
         kill(Pid::from_raw(pid), Signal::SIGKILL)?;
         checkpoint.join().expect("the thread ends")?;
+        // The job goes on, so no other may begin.
+        let second = container.try_checkpoint("second", false)?;
+        ensure!(second.status == 1 && second.text.contains("under way"), "{second:?}");
         anyhow::Ok(())
     })?;
     // Nobody waits for the worker any more; it finishes all the same.
@@ -150,4 +153,28 @@ fn foreground(tools: &Tools) -> Result<()> {
 #[test]
 fn the_image_is_finished_when_the_foreground_is_killed() {
     sandboxed("the_image_is_finished_when_the_foreground_is_killed", |tools| foreground(tools).unwrap());
+}
+
+fn twice(tools: &Tools) -> Result<()> {
+    let place = slow_place(tools, false)?;
+    let container = place.sample(&["--mib", "24"])?;
+    container.start()?;
+    container.steps(3)?;
+    thread::scope(|scope| {
+        let first = scope.spawn(|| container.try_checkpoint("first", true));
+        wait_until("the dump", || place.path("dumping").exists().then_some(()))?;
+        let second = container.try_checkpoint("second", true)?;
+        ensure!(second.status == 1 && second.text.contains("under way"), "{second:?}");
+        let first = first.join().expect("the thread ends")?;
+        ensure!(first.status == 0, "{first:?}");
+        anyhow::Ok(())
+    })?;
+    ensure!(container.image("first").join("phos.json").exists() && !container.image("second").exists());
+    container.steps(3)?;
+    Ok(())
+}
+
+#[test]
+fn a_second_checkpoint_at_the_same_time_is_refused() {
+    sandboxed("a_second_checkpoint_at_the_same_time_is_refused", |tools| twice(tools).unwrap());
 }

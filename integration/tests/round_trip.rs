@@ -13,6 +13,9 @@ fn run(tools: &Tools) -> Result<()> {
     let box1 = place.sample(&["--mib", "24"])?;
     box1.start()?;
     box1.steps(5)?;
+    // A second container of the same name is refused and harms nothing.
+    let bundle = box1.bundle.path.display().to_string();
+    assert_ne!(box1.try_verb("create", &["--bundle", &bundle])?.status, 0);
     for name in ["running-1", "running-2"] {
         box1.checkpoint(name, true)?;
         box1.steps(5)?;

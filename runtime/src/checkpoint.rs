@@ -1,6 +1,8 @@
 //! `checkpoint`: hands the work to a keeper and its worker, and tells the engine how it ended.
 
+use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 use std::{env, io};
@@ -78,7 +80,7 @@ pub fn run(run: &Context) -> Result<i32> {
     if !own_state {
         state.create()?;
     }
-    let _lock = state.lock()?;
+    let lock = state.lock()?;
     let criu_version = prepare_environment(run, &state)?;
     let effective_spec = match state.spec() {
         Some(spec) => spec,
@@ -102,7 +104,7 @@ pub fn run(run: &Context) -> Result<i32> {
         lower_version: run.lower.version(),
         criu_version,
     };
-    let result = carry_out(&state, &job);
+    let result = carry_out(&state, &job, &lock);
     if !own_state {
         state.remove();
     }
@@ -126,8 +128,12 @@ pub fn run(run: &Context) -> Result<i32> {
 }
 
 /// Starts keeper and worker, sends the job and waits.
-fn carry_out(state: &StateDir, job: &CheckpointJob) -> Result<(Result<CheckpointReport>, LowerOutput)> {
-    let keeper = keeper::start(WorkerRole::Checkpoint, &state.path)?;
+fn carry_out(
+    state: &StateDir,
+    job: &CheckpointJob,
+    lock: &File,
+) -> Result<(Result<CheckpointReport>, LowerOutput)> {
+    let keeper = keeper::start(WorkerRole::Checkpoint, &state.path, lock.as_fd())?;
     let socket = keeper.socket.clone();
     let answer = block_on(async {
         let client = Client::connect(&socket, START).await?;

@@ -21,6 +21,10 @@ fn prepare(run: &Run, id: &str) -> Result<Option<StateDir>> {
     let bundle = bundle(run)?;
     let mut spec = read_spec(&bundle)?;
     let state = StateDir::of(&run.args, &run.config, id)?;
+    if state.exists() && run.lower.state(&run.args, id)?.is_some() {
+        // The id is taken: the lower runtime says so, and nothing of the container that has it is touched.
+        return Ok(None);
+    }
     let host = Host {
         library: run.config.library(),
         control_dir: state.control_dir(),

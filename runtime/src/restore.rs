@@ -1,5 +1,6 @@
 //! `restore`: the GPU's memory is loaded while the lower runtime rebuilds the processes.
 
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -35,6 +36,10 @@ pub fn run(run: &Context) -> Result<i32> {
     if run.lower.state(args, id)?.is_some() {
         bail!("container with id exists: {id}");
     }
+    if state.exists() {
+        // Left over from a container that is gone, unless another restore is making it now.
+        state.lock()?;
+    }
     state.create()?;
     let result = with_state(run, &state, &opened, &image);
     if !matches!(result, Ok(0)) {
@@ -44,7 +49,7 @@ pub fn run(run: &Context) -> Result<i32> {
 }
 
 fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Result<i32> {
-    let _lock = state.lock()?;
+    let lock = state.lock()?;
     prepare_environment(run, state)?;
     let bundle = bundle(run)?;
     let mut spec = read_spec(&bundle)?;
@@ -77,7 +82,7 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
         timeouts: run.config.timeouts(),
         library: Some(library),
     };
-    let keeper = keeper::start(WorkerRole::Restore, &state.path)?;
+    let keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd())?;
     let socket = keeper.socket.clone();
     let result = block_on(async {
         let client = Client::connect(&socket, START).await?;

@@ -1,6 +1,7 @@
 //! The keeper's own life.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -170,14 +171,22 @@ fn listen(kept: &mut Kept, wire: &Wire, outcome: Option<&OwnedFd>) -> Result<(),
     }
 }
 
-/// The keeper's life. `args`: role, state folder, number of the outcome pipe's fd.
-pub fn run(args: &[std::ffi::OsString]) -> Result<(), KeeperError> {
-    let [role, state_dir, fd] = args else { return Err(KeeperError::Usage) };
-    let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(KeeperError::Usage)?;
-    let fd: RawFd = fd.to_str().and_then(|f| f.parse().ok()).ok_or(KeeperError::Usage)?;
+/// Takes over an fd that `start` left open under the number that stands in `word`.
+fn inherited(word: &OsStr) -> Result<OwnedFd, KeeperError> {
+    let fd: RawFd = word.to_str().and_then(|f| f.parse().ok()).ok_or(KeeperError::Usage)?;
     // SAFETY: `start` left exactly this fd open for us; nothing else in this process knows it.
-    let outcome_pipe = unsafe { OwnedFd::from_raw_fd(fd) };
-    fcntl(&outcome_pipe, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(io::Error::from)?;
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(io::Error::from)?;
+    Ok(fd)
+}
+
+/// The keeper's life. `args`: role, state folder, numbers of the outcome pipe's and the lock's fd.
+pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
+    let [role, state_dir, outcome, lock] = args else { return Err(KeeperError::Usage) };
+    let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(KeeperError::Usage)?;
+    let outcome_pipe = inherited(outcome)?;
+    // Held until this process ends.
+    let _lock = inherited(lock)?;
     // SAFETY: this process has one thread.
     if let ForkResult::Parent { .. } = unsafe { fork() }.map_err(io::Error::from)? {
         return Ok(());

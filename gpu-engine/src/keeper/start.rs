@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -72,24 +72,28 @@ impl Keeper {
 /// Starts a keeper in a session of its own, which starts a worker for `role` that serves at
 /// `state_dir/engine.sock`. Returns at once.
 ///
-/// The keeper survives this process: engines kill the runtime whenever they like.
-pub fn start(role: WorkerRole, state_dir: &Path) -> Result<Keeper, StartError> {
+/// The keeper survives this process: engines kill the runtime whenever they like. It holds the file lock `lock` as long
+/// as it lives, so that no second job begins while the first one goes on without its foreground.
+pub fn start(role: WorkerRole, state_dir: &Path, lock: BorrowedFd<'_>) -> Result<Keeper, StartError> {
     let socket = state_dir.join("engine.sock");
     let _ = std::fs::remove_file(&socket);
     let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
     let mut command = Command::new("/proc/self/exe");
     command
         .arg("__keeper")
-        .args([OsString::from(role.as_str()), state_dir.into(), write.as_raw_fd().to_string().into()])
+        .args([OsString::from(role.as_str()), state_dir.into()])
+        .args([write.as_raw_fd(), lock.as_raw_fd()].map(|fd| fd.to_string()))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let fd = write.as_raw_fd();
-    // SAFETY: between fork and exec only async-signal-safe calls are made: fcntl.
+    let inherited = [write.as_raw_fd(), lock.as_raw_fd()];
+    // SAFETY: between fork and exec only async-signal-safe calls are made: fcntl. Both fds are open until then.
     unsafe {
         command.pre_exec(move || {
-            let fd = std::os::fd::BorrowedFd::borrow_raw(fd);
-            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).map_err(io::Error::from)?;
+            for fd in inherited {
+                fcntl(BorrowedFd::borrow_raw(fd), FcntlArg::F_SETFD(FdFlag::empty()))
+                    .map_err(io::Error::from)?;
+            }
             Ok(())
         });
     }
