@@ -96,6 +96,21 @@ fn checkpoints(tools: &Tools) -> Result<()> {
         result?;
     }
 
+    // The space runs out in the middle of the dump.
+    container.checkpoint("fits", true)?;
+    let bytes = place.report()?["gpu_bytes"].as_u64().unwrap_or(0);
+    for (name, leave_running) in [("full-running", true), ("full-stopping", false)] {
+        let folder = container.image(name);
+        fs::create_dir(&folder)?;
+        let size = format!("size={}", bytes + bytes / 64 + (1 << 20));
+        mount(Some("tmpfs"), &folder, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))?;
+        let ended = container.try_checkpoint(name, leave_running)?;
+        let left = fs::read_dir(&folder)?.count();
+        umount(&folder)?;
+        ensure!(ended.status != 0 && left == 0, "{ended:?}, {left} files left");
+        container.steps(3)?;
+    }
+
     // The GPU is busy with a kernel that does not end: refused after the drain timeout, and the program goes on.
     fs::write(container.bundle.out.join("hang"), "")?;
     std::thread::sleep(std::time::Duration::from_millis(200));
