@@ -45,17 +45,12 @@ fetch() {
     mirror=${PHOS_DEBIAN_MIRROR:-$mirror}
     [ -n "$mirror" ] || { say "no Debian mirror in apt's sources; set PHOS_DEBIAN_MIRROR or install criu 4.1 or newer"; exit 1; }
     local signed=/usr/share/keyrings/debian-archive-keyring.gpg
-    local trust="[signed-by=$signed]"
-    [ -e "$signed" ] || trust="[trusted=yes]"
-    echo "deb $trust $mirror trixie main" >"$state/etc/sources.list"
+    [ -e "$signed" ] || apt-get install -y -qq --no-install-recommends debian-archive-keyring >/dev/null
+    echo "deb [signed-by=$signed] $mirror trixie main" >"$state/etc/sources.list"
     local options=(-qq -o Dir::State="$state" -o Dir::State::status="$state/status" -o Dir::State::Lists="$state/lists"
         -o Dir::Cache="$state/cache" -o Dir::Etc::sourcelist="$state/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o Dir::Etc::preferencesparts=/dev/null -o APT::Architecture=amd64 -o APT::Install-Recommends=false)
-    # Older keyrings lack the newest signing key; the suite's own keyring package brings it.
-    apt-get "${options[@]}" update 2>/dev/null || {
-        echo "deb [trusted=yes] $mirror trixie main" >"$state/etc/sources.list"
-        apt-get "${options[@]}" update
-    }
+    apt-get "${options[@]}" update
     apt-get "${options[@]}" -y --download-only -o Debug::NoLocking=1 install "$@" >/dev/null
     for package in "$state"/cache/archives/*.deb; do dpkg -x "$package" "$tools/trixie"; done
     rm -rf "$state"

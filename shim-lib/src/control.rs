@@ -148,8 +148,7 @@ fn converse(connection: &Connection) -> Result<bool, Failure> {
             Err(e) => return Err(e.into()),
         };
         match message {
-            Message::Hello { version } if version == VERSION => connection.send(&greeting(false), &[])?,
-            // The host says what does not fit, and ends the conversation.
+            // The greeting names this side's version; a host of another one says so and hangs up.
             Message::Hello { .. } => connection.send(&greeting(false), &[])?,
             Message::Query => connection.send(&Message::Summary(summary()), &[])?,
             Message::Table { since } => send_table(connection, since)?,
