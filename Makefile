@@ -24,12 +24,11 @@ test: build
 	$(CARGO) test --workspace
 
 release:
-	$(CARGO) build --release -p phos-runc -p phos-shim -p phos-hooks
+	$(CARGO) build --release -p phos-runc -p phos-shim
 
 install: release
 	install -D -m 755 target/release/phos-runc $(DESTDIR)$(PREFIX)/bin/phos-runc
 	install -D -m 755 target/release/libphos.so $(DESTDIR)$(PREFIX)/lib/phos/libphos.so
-	if [ -x target/release/phos-hook ]; then install -D -m 755 target/release/phos-hook $(DESTDIR)$(PREFIX)/lib/phos/phos-hook; fi
 
 # Recompiles the GPU kernels; the results are committed, so this is needed only after changing them.
 kernels:
