@@ -15,8 +15,8 @@ use phos_engine::service::{Client, ClientError, LowerOutput};
 
 use crate::config::find_criu;
 use crate::context::Context;
-use crate::log;
 use crate::state::StateDir;
+use crate::{log, progress};
 
 /// How long a worker may take until it can be spoken to. It does not touch the GPU before that.
 const START: Duration = Duration::from_secs(20);
@@ -137,8 +137,12 @@ fn carry_out(
     let socket = keeper.socket.clone();
     let answer = block_on(async {
         let client = Client::connect(&socket, START).await?;
-        Ok(client.checkpoint(job).await?)
+        tokio::select! {
+            answer = client.checkpoint(job) => Ok(answer?),
+            never = progress::show(client.clone()) => match never {},
+        }
     });
+    progress::clear();
     match answer {
         Ok((result, lower)) => {
             let result = result.map_err(|e| match e {

@@ -10,6 +10,7 @@ mod create;
 mod inspect;
 mod log;
 mod lower;
+mod progress;
 mod restore;
 mod state;
 
