@@ -210,6 +210,7 @@ mod tests {
     /// nobody may be stuck.
     #[test]
     fn nobody_is_inside_a_closed_gate() {
+        let before = launches();
         let inside = Arc::new(AtomicI64::new(0));
         let stop = Arc::new(AtomicBool::new(false));
         let threads: Vec<_> = (0..8)
@@ -231,7 +232,6 @@ mod tests {
                 })
             })
             .collect();
-        let before = launches();
         for _ in 0..500 {
             assert!(close(Duration::from_secs(20)));
             for _ in 0..20 {
