@@ -15,10 +15,11 @@ use crate::cuda::{
     AllocationProp, Context, DEVICE_FD, DEVICE_RDMA_VMM, DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD,
     INVALID_VALUE, LOCATION_DEVICE, Location, OUT_OF_MEMORY, SUCCESS, Status, Stream,
 };
+use crate::fds::Kept;
+use crate::gate;
 use crate::real::api;
 use crate::small::{BLOCK, LARGEST};
 use crate::table::{self, Mapping, Physical, Plain};
-use crate::{fds, gate};
 
 /// What matters about a device.
 #[derive(Clone, Copy)]
@@ -74,13 +75,13 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
     let mut handle = 0;
     // SAFETY: every pointer is valid for its call; what was made is undone if a later step fails.
     unsafe { check((api.create)(&mut handle, size, &properties(device, facts.rdma), 0))? };
-    let mut fd = -1;
+    let (mut fd, mut kept) = (-1, Kept::NONE);
     let mut address = 0;
     let result = (|| {
         // SAFETY: as above.
         unsafe {
             check((api.export)((&raw mut fd).cast(), handle, HANDLE_FD, 0))?;
-            fd = fds::raise(fd);
+            kept = Kept::new(fd);
             check((api.reserve)(&mut address, size, 0, 0, 0))?;
             check((api.map)(address, size, 0, handle, 0))?;
             let access = AccessDesc {
@@ -101,7 +102,7 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
             let mut table = table::lock();
             let physical = table.insert(Physical {
                 handle: 0,
-                fd,
+                fd: kept,
                 size: size as u64,
                 uuid: facts.uuid,
                 class,
@@ -116,7 +117,7 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
             Ok(address)
         }
         Err(status) => {
-            fds::close(fd);
+            kept.close();
             if address != 0 {
                 // SAFETY: reserved above, nothing is mapped there.
                 unsafe { (api.unreserve)(address, size) };

@@ -10,9 +10,10 @@ use phos_protocol::{Connection, MAX_FDS, TransportError};
 
 use crate::contexts;
 use crate::cuda::{CAPTURE_RELAXED, Context, HANDLE_FD, LIMIT_STACK_SIZE, SUCCESS, Status};
+use crate::fds::Kept;
+use crate::gate;
 use crate::real::api;
 use crate::table::{self, Table};
-use crate::{fds, gate};
 use std::sync::atomic::Ordering;
 
 /// Why a request failed: code and text of [`Message::Failed`]; or the connection did.
@@ -104,8 +105,12 @@ fn blockers(table: &Table) -> Vec<String> {
     if table::IPC.load(Ordering::Relaxed) > 0 {
         blockers.push("it shares memory with other processes by CUDA IPC".into());
     }
-    if table.physical.values().any(|p| p.fd < 0) {
+    if table.physical.values().any(|p| p.fd.is_none()) {
         blockers.push("the driver did not export one of its allocations".into());
+    } else if table.physical.values().any(|p| p.fd.get().is_none()) {
+        blockers.push(
+            "it has closed file descriptors that are not its own, among them those of its GPU memory".into(),
+        );
     }
     if table.physical.values().any(|p| p.shared) {
         blockers.push("it shares memory with other processes by file descriptor".into());
@@ -233,8 +238,7 @@ fn release(table: &mut Table) -> Result<(), Failure> {
             unsafe { (api().release)(physical.handle) };
             physical.handle = 0;
         }
-        fds::close(physical.fd);
-        physical.fd = -1;
+        physical.fd.close();
     }
     failed.map_or(Ok(()), Err)
 }
@@ -257,10 +261,10 @@ pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
         let (message, fds) = connection.receive()?;
         let Message::Entries(entries) = message else { return Err(protocol("expected Entries")) };
         for (entry, fd) in entries.into_iter().zip(fds) {
-            let Some(physical) = table.physical.get_mut(&entry.id).filter(|p| p.fd < 0) else {
+            let Some(physical) = table.physical.get_mut(&entry.id).filter(|p| p.fd.is_none()) else {
                 return Err(protocol("an allocation that was not parked"));
             };
-            physical.fd = fds::raise(fd.into_raw_fd());
+            physical.fd = Kept::new(fd.into_raw_fd());
             received += 1;
         }
     }
@@ -279,10 +283,13 @@ pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
 fn map_again(table: &mut Table) -> Result<(), Failure> {
     let check = |call: &str, status| if status == SUCCESS { Ok(()) } else { Err(cuda(call, status)) };
     for physical in table.physical.values_mut() {
+        let fd = physical
+            .fd
+            .get()
+            .ok_or_else(|| Failure::Answer(failure::SYSTEM, "a received fd is not open".into()))?;
         // SAFETY: the fd is the memory's; `handle` is valid for writing.
-        let status = unsafe {
-            (api().import)(&mut physical.handle, physical.fd as usize as *mut std::ffi::c_void, HANDLE_FD)
-        };
+        let status =
+            unsafe { (api().import)(&mut physical.handle, fd as usize as *mut std::ffi::c_void, HANDLE_FD) };
         check("cuMemImportFromShareableHandle", status)?;
     }
     for (address, mapping) in &table.mappings {

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 use phos_protocol::message::Entry;
 
 use crate::cuda::{AccessDesc, DevicePtr, Handle};
-use crate::fds;
+use crate::fds::Kept;
 use crate::small::Small;
 
 /// One physical allocation. It lives while the application holds its handle or anything of it is mapped.
@@ -16,8 +16,8 @@ use crate::small::Small;
 pub struct Physical {
     /// The driver's handle; 0 while nobody needs it.
     pub handle: Handle,
-    /// Keeps the memory alive when everything else is gone; -1 if the driver would not export it, or while parked.
-    pub fd: RawFd,
+    /// Keeps the memory alive when everything else is gone; none if the driver would not export it, or while parked.
+    pub fd: Kept,
     /// Bytes.
     pub size: u64,
     /// UUID of its device.
@@ -114,8 +114,7 @@ pub fn close_after_fork() {
         && let Some(table) = &mut *guard
     {
         for physical in table.physical.values_mut() {
-            fds::close(physical.fd);
-            physical.fd = -1;
+            physical.fd.close();
         }
     }
 }
@@ -145,11 +144,11 @@ impl Table {
 
     /// Removes a physical allocation that nothing refers to any more, and closes its fd.
     pub fn drop_if_unused(&mut self, id: u64) {
-        if let Some(p) = self.physical.get(&id)
+        if let Some(p) = self.physical.get_mut(&id)
             && p.references == 0
             && p.mappings == 0
         {
-            fds::close(p.fd);
+            p.fd.close();
             self.generation += 1;
             self.removed.push((self.generation, p.generation, id));
             self.physical.remove(&id);
@@ -197,8 +196,9 @@ impl Table {
         }
         self.physical
             .iter()
-            .filter(|(_, p)| p.generation > since && p.fd >= 0)
-            .map(|(id, p)| {
+            .filter(|(_, p)| p.generation > since)
+            .filter_map(|(id, p)| {
+                let fd = p.fd.get()?;
                 let entry = Entry {
                     id: *id,
                     device: p.uuid,
@@ -208,7 +208,7 @@ impl Table {
                     class: p.class,
                     flags: p.flags,
                 };
-                (entry, p.fd)
+                Some((entry, fd))
             })
             .collect()
     }
@@ -234,7 +234,7 @@ mod tests {
     fn physical() -> Physical {
         Physical {
             handle: 0,
-            fd: -1,
+            fd: Kept::NONE,
             size: 2 << 20,
             uuid: [0; 16],
             class: 0,
@@ -274,9 +274,9 @@ mod tests {
         }
         assert_eq!(t.removed_since(seen), vec![a], "c was never seen");
         assert_eq!(t.removed_since(0), Vec::<u64>::new());
-        t.physical.get_mut(&b).unwrap().fd = 7;
+        let file = std::fs::File::open("/dev/null").unwrap();
+        t.physical.get_mut(&b).unwrap().fd = Kept::new(std::os::fd::IntoRawFd::into_raw_fd(file));
         assert_eq!(t.entries_since(0).len(), 1);
         assert!(t.entries_since(seen).is_empty());
-        t.physical.get_mut(&b).unwrap().fd = -1;
     }
 }

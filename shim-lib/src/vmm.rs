@@ -15,10 +15,11 @@ use crate::cuda::{
     ALLOCATION_PINNED, AccessDesc, AllocationProp, DevicePtr, HANDLE_FD, Handle, INVALID_VALUE,
     LOCATION_DEVICE, SUCCESS, Status,
 };
+use crate::fds::Kept;
+use crate::gate;
 use crate::memory::device_facts;
 use crate::real::api;
 use crate::table::{self, Mapping, Physical};
-use crate::{fds, gate};
 
 /// High bits of a handle of this library. The driver's are addresses or small numbers.
 const TAG: u64 = 0x5048 << 48;
@@ -61,14 +62,14 @@ pub unsafe extern "C" fn cuMemCreate(
         }
         return result;
     }
-    let mut fd: RawFd = -1;
+    let (mut fd, mut kept): (RawFd, Kept) = (-1, Kept::NONE);
     // SAFETY: `fd` is valid for writing and the handle was made exportable.
     if unsafe { (api.export)((&raw mut fd).cast(), real, HANDLE_FD, 0) } == SUCCESS {
-        fd = fds::raise(fd);
+        kept = Kept::new(fd);
     }
     let id = table::lock().insert(Physical {
         handle: real,
-        fd,
+        fd: kept,
         size: size as u64,
         uuid: device_facts(asked.location.id).uuid,
         class: CLASS_VMM,
@@ -185,9 +186,9 @@ pub unsafe extern "C" fn cuMemExportToShareableHandle(
     let mut table = table::lock();
     let Some(physical) = table.physical.get_mut(&id) else { return INVALID_VALUE };
     physical.shared = true;
-    if kind == HANDLE_FD && physical.fd >= 0 && !out.is_null() {
+    if let Some(fd) = physical.fd.get().filter(|_| kind == HANDLE_FD && !out.is_null()) {
         // SAFETY: a copy of an fd this library owns, close-on-exec like the driver's.
-        let copy = unsafe { libc::fcntl(physical.fd, libc::F_DUPFD_CLOEXEC, 3) };
+        let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
         if copy >= 0 {
             // SAFETY: for this kind `out` points to an int of the caller.
             unsafe { out.cast::<c_int>().write(copy) };
@@ -227,7 +228,7 @@ pub unsafe extern "C" fn cuMemImportFromShareableHandle(
     };
     let id = table::lock().insert(Physical {
         handle: real,
-        fd: if fd >= 0 { fds::raise(fd) } else { -1 },
+        fd: if fd >= 0 { Kept::new(fd) } else { Kept::NONE },
         // Known when it is mapped.
         size: 0,
         uuid: device_facts(prop.location.id).uuid,
