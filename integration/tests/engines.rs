@@ -29,6 +29,18 @@ fn steps(out: &Path, more: usize) -> Result<u64> {
     Ok(lines.last().map_or(0, |l| l.step))
 }
 
+/// containerd and Docker freeze a container before its checkpoint, with runc's own `pause`. On a busy machine with the
+/// old cgroup hierarchy runc gives that up («unable to freeze»); a person would try again.
+fn frozen_first(checkpoint: impl Fn() -> Result<String>) -> Result<String> {
+    for _ in 0..5 {
+        match checkpoint() {
+            Err(e) if e.to_string().contains("unable to freeze") => eprintln!("again: {e}"),
+            other => return other,
+        }
+    }
+    checkpoint()
+}
+
 fn docker(tools: &Tools) -> Result<()> {
     let place = Place::new(tools)?;
     let bundle = root(&place)?;
@@ -38,9 +50,9 @@ fn docker(tools: &Tools) -> Result<()> {
     let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", "none", "-v", &volume];
     engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE].concat())?;
     steps(&bundle.out, 5)?;
-    engine.run(&["checkpoint", "create", "--leave-running", "box", "first"])?;
+    frozen_first(|| engine.run(&["checkpoint", "create", "--leave-running", "box", "first"]))?;
     steps(&bundle.out, 5)?;
-    engine.run(&["checkpoint", "create", "box", "second"])?;
+    frozen_first(|| engine.run(&["checkpoint", "create", "box", "second"]))?;
     let listed = engine.run(&["checkpoint", "ls", "box"])?;
     ensure!(listed.contains("first") && listed.contains("second"), "{listed}");
     ensure!(engine.run(&["ps", "-q"])?.trim().is_empty(), "the container still runs");
@@ -117,7 +129,8 @@ fn containerd(tools: &Tools) -> Result<()> {
     let options = ["--annotation", "phos.inject=mount", "--device", "/dev/fuse", "--mount", &volume];
     engine.run_container(&options, "local/sample:1", "box", &SAMPLE)?;
     steps(&bundle.out, 5)?;
-    engine.run(&["container", "checkpoint", "--task", "--image", "--rw", "box", "local/checkpoint:1"])?;
+    let words = ["container", "checkpoint", "--task", "--image", "--rw", "box", "local/checkpoint:1"];
+    frozen_first(|| engine.run(&words))?;
     let stood_at = steps(&bundle.out, 5)?;
     engine.remove("box")?;
     fs::remove_file(bundle.out.join("status"))?;

@@ -39,6 +39,9 @@ use crate::service::LowerOutput;
 /// GPU memory that a snapshot leaves free for the application: it may allocate while the snapshot drains.
 const SNAPSHOT_RESERVE: u64 = 1 << 30;
 
+/// How often the freezer is asked.
+const FREEZER_ATTEMPTS: u32 = 10;
+
 /// A checkpoint under way.
 pub struct Checkpoint<'a> {
     device: Arc<dyn Device>,
@@ -95,7 +98,12 @@ impl Checkpoint<'_> {
         let saved = self.save(&folder);
         // The container is left as it was found, whatever came of it; a stopped one has no freezer to set.
         if self.job.frozen && !self.frozen && (saved.is_err() || self.job.leave_running) {
-            self.set_frozen(true)?;
+            // The image does not depend on it, and the engine thaws next; what the dump said must not be lost over it.
+            let lower = std::mem::take(&mut self.lower);
+            if let Err(e) = self.set_frozen(true) {
+                self.report.warnings.push(format!("the container could not be frozen again: {e}"));
+            }
+            self.lower = lower;
         }
         if saved.is_ok() || self.gone {
             folder.keep();
@@ -105,11 +113,18 @@ impl Checkpoint<'_> {
 
     fn set_frozen(&mut self, frozen: bool) -> Result<(), EngineError> {
         let command = if frozen { &self.job.lower_pause } else { &self.job.lower_resume };
-        let output = lower::run(command, self.job.timeouts.lower())?;
-        if output.status != 0 {
-            let status = output.status;
-            self.lower = output;
-            return Err(EngineError::LowerFailed(status));
+        // The old cgroup hierarchy's freezer gives up now and then on a busy machine; asked again, it works.
+        for attempt in 1.. {
+            let output = lower::run(command, self.job.timeouts.lower())?;
+            if output.status == 0 {
+                break;
+            }
+            if attempt == FREEZER_ATTEMPTS {
+                let status = output.status;
+                self.lower = output;
+                return Err(EngineError::LowerFailed(status));
+            }
+            thread::sleep(Duration::from_millis(20));
         }
         self.frozen = frozen;
         Ok(())
