@@ -69,7 +69,7 @@ def teardown():
 
 def spec(command, annotations):
     devices, rules = [], [{"allow": False, "access": "rwm"}]
-    for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"):
+    for path in filter(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")):
         st = os.stat(path)
         major, minor = os.major(st.st_rdev), os.minor(st.st_rdev)
         devices.append(dict(path=path, type="c", major=major, minor=minor, fileMode=0o666, uid=0, gid=0))
