@@ -41,11 +41,12 @@ def result(bench, workload, system, metric, value, n=1, stat="single", note=""):
                      date=datetime.date.today().isoformat(), note=note))
 
 
-def run(*words, timeout=300, check=True, env=ENV, **more):
-    done = subprocess.run(words, env=env, timeout=timeout, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, **more)
+def run(*words, timeout=300, check=True, env=ENV, detached=False, **more):
+    # A detached container inherits these streams: it must neither hold a pipe of ours open nor a deleted file.
+    output = subprocess.DEVNULL if detached else subprocess.PIPE
+    done = subprocess.run(words, env=env, timeout=timeout, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True, **more)
     if check and done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: status {done.returncode}: {done.stdout.strip()[-2000:]}")
+        raise RuntimeError(f"{' '.join(words)}: status {done.returncode}: {(done.stderr or '').strip()[-2000:]}")
     return done
 
 
@@ -118,7 +119,8 @@ class Container:
 
     def start(self):
         # Detached, with nothing of ours as its streams.
-        self.runc("run", "--detach", "--bundle", self.bundle, self.name)
+        self.runc("run", "--detach", "--bundle", self.bundle, self.name, detached=True)
+        log(f"{self.name} started")
 
     def steps(self):
         try:
@@ -145,7 +147,7 @@ class Container:
         self.runc(*words, *(["--leave-running"] if leave_running else []), self.name)
 
     def restore(self, image):
-        self.runc("restore", "--detach", "--bundle", self.bundle, "--image-path", image, "--work-path", image + ".work", self.name)
+        self.runc("restore", "--detach", "--bundle", self.bundle, "--image-path", image, "--work-path", image + ".work", self.name, detached=True)
 
     def report(self):
         with open(f"{WORK}/report.json") as f:
