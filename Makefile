@@ -32,7 +32,7 @@ install: release
 
 # Recompiles the GPU kernels; the results are committed, so this is needed only after changing them.
 kernels:
-	integration/sample/kernels/build.py
+	gpu-engine/kernels/build.py gpu-engine/kernels/chunks.cu integration/sample/kernels/sample.cu
 
 # A folder that runs the GPU tests and benchmarks on a machine without packages.
 gpu-bundle:

@@ -8,13 +8,17 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::progress::Span;
+
 /// How memory gets from the GPU into the image while the program stands still as briefly as possible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
-    /// Snapshot where there is room for one, otherwise stop.
+    /// Snapshot where there is room for one; otherwise pre-copy, unless the memory changes faster than it is copied.
     #[default]
     Auto,
+    /// Copy while the program runs, then only what changed meanwhile.
+    Precopy,
     /// Copy inside the GPU, let the program go on, copy out afterwards.
     Snapshot,
     /// Copy out while the program stands still.
@@ -26,9 +30,10 @@ impl std::str::FromStr for Strategy {
     fn from_str(s: &str) -> Result<Self, String> {
         match s {
             "auto" => Ok(Strategy::Auto),
+            "precopy" => Ok(Strategy::Precopy),
             "snapshot" => Ok(Strategy::Snapshot),
             "stop" => Ok(Strategy::Stop),
-            other => Err(format!("unknown strategy '{other}': use auto, snapshot or stop")),
+            other => Err(format!("unknown strategy '{other}': use auto, snapshot, precopy or stop")),
         }
     }
 }
@@ -99,6 +104,10 @@ pub struct CheckpointJob {
     pub image: PathBuf,
     /// Whether the container goes on afterwards.
     pub leave_running: bool,
+    /// Save a base for a later checkpoint only, while the program runs.
+    pub pre_dump: bool,
+    /// An earlier image to build on: its folder relative to `image`.
+    pub parent: Option<String>,
     /// Whether the container was frozen when the checkpoint was asked for.
     pub frozen: bool,
     /// The lower runtime's own checkpoint, as the engine typed it.
@@ -149,6 +158,16 @@ pub struct CheckpointReport {
     pub drain_ms: f64,
     /// Table and fds handed over, memory unmapped; slowest process, milliseconds.
     pub park_ms: f64,
+    /// Bytes copied while the program ran, before it was stopped; what changed in between counts again.
+    pub precopied_bytes: u64,
+    /// Rounds of that.
+    pub precopy_rounds: u32,
+    /// Bytes that differed from what had been saved when the program stood still.
+    pub dirty_bytes: u64,
+    /// Bytes of them copied straight out, for want of room on the GPU.
+    pub straight_bytes: u64,
+    /// Finding out what differed, milliseconds; 0 if nothing had been saved before.
+    pub digest_ms: f64,
     /// Copy inside the GPU, milliseconds; 0 if there was none.
     pub snapshot_ms: f64,
     /// The driver's lock and checkpoint, milliseconds.
@@ -161,12 +180,14 @@ pub struct CheckpointReport {
     pub attach_ms: f64,
     /// From closing the first gate to opening the last one, milliseconds; 0 if the container was stopped.
     pub pause_ms: f64,
-    /// Copying to the image, milliseconds.
+    /// Copying to the image, all of it, milliseconds.
     pub copy_ms: f64,
     /// The whole checkpoint, milliseconds.
     pub total_ms: f64,
     /// Things a person should know.
     pub warnings: Vec<String>,
+    /// What happened when.
+    pub spans: Vec<Span>,
 }
 
 /// What a finished restore did, in figures.
@@ -186,4 +207,6 @@ pub struct RestoreReport {
     pub total_ms: f64,
     /// Things a person should know.
     pub warnings: Vec<String>,
+    /// What happened when.
+    pub spans: Vec<Span>,
 }

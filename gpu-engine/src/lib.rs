@@ -1,5 +1,6 @@
 //! The checkpoint and restore engine: state machine, image format, copy pipeline and the device trait.
 
+pub mod copy;
 pub mod device;
 pub mod error;
 pub mod image;

@@ -2,7 +2,9 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
 
 /// A snapshot of a job's progress.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -19,6 +21,19 @@ pub struct Step {
     pub finished: bool,
 }
 
+/// A stretch of time of a job, for a timeline.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Span {
+    /// What was done.
+    pub name: String,
+    /// Who did it: a process, or a part of the engine.
+    pub track: String,
+    /// Begin, milliseconds since the job began.
+    pub begin_ms: f64,
+    /// Length, milliseconds.
+    pub ms: f64,
+}
+
 /// Written by the job, read by watchers. Counting bytes is one relaxed addition.
 #[derive(Debug)]
 pub struct Progress {
@@ -27,6 +42,7 @@ pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
     finished: AtomicBool,
+    spans: Mutex<Vec<Span>>,
 }
 
 impl Default for Progress {
@@ -37,6 +53,7 @@ impl Default for Progress {
             done: AtomicU64::new(0),
             total: AtomicU64::new(0),
             finished: AtomicBool::new(false),
+            spans: Mutex::new(Vec::new()),
         }
     }
 }
@@ -53,6 +70,19 @@ impl Progress {
     /// Counts bytes of the present step.
     pub fn add(&self, bytes: u64) {
         self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Records what took `time` from `begin` on.
+    pub fn span(&self, name: &str, track: &str, begin: Instant, time: Duration) {
+        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        let begin_ms = ms(begin.saturating_duration_since(self.begin));
+        let span = Span { name: name.into(), track: track.into(), begin_ms, ms: ms(time) };
+        self.spans.lock().unwrap_or_else(|e| e.into_inner()).push(span);
+    }
+
+    /// Everything recorded so far.
+    pub fn spans(&self) -> Vec<Span> {
+        self.spans.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// The job is over.

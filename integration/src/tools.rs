@@ -29,15 +29,18 @@ pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Into::into).unwrap_or_default()
 }
 
+/// A built program or library. Tests lie in target/PROFILE/deps, programs in target/PROFILE.
+pub fn built(name: &str) -> Result<PathBuf> {
+    let exe = env::current_exe()?;
+    let folder = exe.parent().context("a program has a folder")?;
+    Ok(if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder }.join(name))
+}
+
 impl Tools {
     /// Finds everything, or says what is missing and what to do.
     pub fn find() -> Result<Self> {
-        // Tests lie in target/PROFILE/deps, programs in target/PROFILE.
-        let exe = env::current_exe()?;
-        let folder = exe.parent().context("a program has a folder")?;
-        let built = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
         let tools = Tools {
-            built: built.into(),
+            built: built("")?,
             criu: workspace().join(".tools/bin/criu"),
             runc: on_path("runc").context("runc is missing: run integration/scripts/setup.sh")?,
             busybox: on_path("busybox").context("busybox is missing: run integration/scripts/setup.sh")?,

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
+/// phos-runc's own flag: the file that a timeline of the job is written to.
+pub const TRACE: &str = "trace";
+
 /// Global flags that take a value.
 const GLOBAL_VALUES: &[&str] = &["log", "log-format", "root", "criu", "rootless", "cgroup-manager"];
 
@@ -15,6 +18,7 @@ fn verb_values(verb: &str) -> &'static [&'static str] {
             &["bundle", "b", "console-socket", "pidfd-socket", "pid-file", "preserve-fds", "config", "f"]
         }
         "checkpoint" => &[
+            TRACE,
             "image-path",
             "work-path",
             "parent-path",
@@ -25,6 +29,7 @@ fn verb_values(verb: &str) -> &'static [&'static str] {
             "network-lock",
         ],
         "restore" => &[
+            TRACE,
             "image-path",
             "work-path",
             "bundle",
@@ -86,6 +91,26 @@ impl Args {
     /// The container's id.
     pub fn id(&self) -> Option<&str> {
         self.rest.first().and_then(|id| id.to_str())
+    }
+
+    /// Takes a flag of the verb out of the command line, with its value, wherever and however often it stands there.
+    pub fn without(&self, flag_name: &str) -> Args {
+        let mut words = self.all[..(self.verb_at + 1).min(self.all.len())].to_vec();
+        let end = self.all.len() - self.rest.len();
+        let mut i = words.len();
+        while i < end {
+            let named = flag(&self.all[i]).filter(|(name, _)| name == flag_name);
+            match named {
+                Some((_, None)) if verb_values(&self.verb).contains(&flag_name) => i += 2,
+                Some(_) => i += 1,
+                None => {
+                    words.push(self.all[i].clone());
+                    i += 1;
+                }
+            }
+        }
+        words.extend_from_slice(&self.rest);
+        Args::parse(words)
     }
 
     /// A flag of the verb.
@@ -156,6 +181,18 @@ mod tests {
         assert_eq!(parse("").verb, "");
         assert_eq!(parse("run -b /b -- c4").id(), Some("c4"));
         assert!(!parse("checkpoint --leave-running=false c").switch("leave-running"));
+    }
+
+    #[test]
+    fn a_flag_is_taken_out_with_its_value() {
+        let line = |l: &str, name: &str| {
+            parse(l).without(name).all.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
+        };
+        let full = "--root /r checkpoint --trace /t --image-path /i --trace=/u --leave-running c";
+        assert_eq!(line(full, TRACE), "--root /r checkpoint --image-path /i --leave-running c");
+        assert_eq!(line(full, "leave-running"), full.replace(" --leave-running", ""));
+        assert_eq!(line("checkpoint --image-path --trace -- --trace", TRACE), "checkpoint --image-path --trace -- --trace");
+        assert_eq!(line("", TRACE), "");
     }
 
     proptest! {

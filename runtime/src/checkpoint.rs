@@ -3,20 +3,22 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use std::{env, io};
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow};
+use phos_engine::image::Image;
 use phos_engine::job::{CheckpointJob, CheckpointReport};
 use phos_engine::keeper::{self, WorkerRole};
 use phos_engine::processes;
 use phos_engine::service::{Client, ClientError, LowerOutput};
 
+use crate::args::{Args, TRACE};
 use crate::config::find_criu;
 use crate::context::Context;
 use crate::state::StateDir;
-use crate::{log, progress};
+use crate::{log, progress, trace};
 
 /// How long a worker may take until it can be spoken to. It does not touch the GPU before that.
 const START: Duration = Duration::from_secs(20);
@@ -58,6 +60,29 @@ pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
 }
 
+/// The image to build on, relative to `image`, and the lower runtime's command line.
+///
+/// CRIU can build on a pre-dump only, and only where there is one of the CPU side; the GPU's side builds on any image.
+fn parent(args: &Args, image: &Path) -> Result<(Option<String>, Args)> {
+    let lower = args.without(TRACE);
+    let Some(named) = args.value("parent-path").filter(|p| !p.is_empty()) else { return Ok((None, lower)) };
+    let folder = image.join(named);
+    if Path::new(named).is_absolute() || !Image::exists(&folder) {
+        // The lower runtime's to judge: it knows the flag's rules, and such a folder may be its own pre-dump.
+        return Ok((None, lower));
+    }
+    let parent = Image::open(&folder)?;
+    let cpu_side = parent.manifest.is_pre_dump() && folder.join("inventory.img").exists();
+    let lower = if cpu_side { lower } else { lower.without("parent-path") };
+    let named = named.to_str().context("--parent-path is not text")?;
+    Ok((Some(named.to_string()), lower))
+}
+
+/// An annotation of the container.
+fn annotation<'a>(spec: &'a serde_json::Value, name: &str) -> Option<&'a str> {
+    spec.get("annotations")?.get(name)?.as_str()
+}
+
 /// `checkpoint`.
 pub fn run(run: &Context) -> Result<i32> {
     let args = &run.args;
@@ -72,9 +97,8 @@ pub fn run(run: &Context) -> Result<i32> {
     if !alive || !gpu {
         return Err(run.lower.exec(args));
     }
-    if args.switch("pre-dump") {
-        bail!("--pre-dump of a container with a GPU is not supported yet: make a full checkpoint instead");
-    }
+    let image = image_path(run)?;
+    let (parent, lower_args) = parent(args, &image)?;
     // A container that was created by another runtime gets a folder for the time of the checkpoint.
     let own_state = state.exists();
     if !own_state {
@@ -91,13 +115,15 @@ pub fn run(run: &Context) -> Result<i32> {
         container: id.to_string(),
         control_dir: state.control_dir(),
         init_pid: container.pid,
-        image: image_path(run)?,
-        leave_running: args.switch("leave-running"),
+        image,
+        leave_running: args.switch("leave-running") || args.switch("pre-dump"),
+        pre_dump: args.switch("pre-dump"),
+        parent,
         frozen: container.status == "paused",
-        lower_checkpoint: run.lower.verbatim(args),
+        lower_checkpoint: run.lower.verbatim(&lower_args),
         lower_pause: run.lower.command_line(args, &["pause", id]),
         lower_resume: run.lower.command_line(args, &["resume", id]),
-        strategy: run.config.strategy()?,
+        strategy: run.config.strategy(annotation(&effective_spec, "phos.strategy"))?,
         timeouts: run.config.timeouts(),
         effective_spec,
         library: (own_state && library.exists()).then_some(library),
@@ -118,6 +144,9 @@ pub fn run(run: &Context) -> Result<i32> {
             log::debug(args, &format!("checkpoint report: {text}"));
             if let Some(path) = env::var_os("PHOS_REPORT") {
                 std::fs::write(path, text)?;
+            }
+            if let Some(path) = args.value(TRACE) {
+                trace::write(path.as_ref(), &report.spans)?;
             }
             Ok(0)
         }

@@ -29,7 +29,7 @@ pub struct Config {
     pub libcuda: Option<PathBuf>,
     /// `mount`, `preload` or `off`.
     pub inject: Option<String>,
-    /// `auto`, `snapshot` or `stop` (`PHOS_STRATEGY`).
+    /// `auto`, `snapshot`, `precopy` or `stop` (`PHOS_STRATEGY`, annotation `phos.strategy`).
     pub strategy: Option<String>,
     /// Seconds the GPU may take to finish its work before a checkpoint.
     pub drain_timeout: Option<u64>,
@@ -96,9 +96,9 @@ impl Config {
         self.inject.as_deref().map_or(Ok(Mode::Mount), |m| m.parse().map_err(anyhow::Error::msg))
     }
 
-    /// How memory is copied.
-    pub fn strategy(&self) -> Result<Strategy> {
-        let named = env::var("PHOS_STRATEGY").ok().or_else(|| self.strategy.clone());
+    /// How memory is copied. The environment wins over the container's annotation, and that over the file.
+    pub fn strategy(&self, annotation: Option<&str>) -> Result<Strategy> {
+        let named = env::var("PHOS_STRATEGY").ok().or(annotation.map(Into::into)).or_else(|| self.strategy.clone());
         named.map_or(Ok(Strategy::Auto), |s| s.parse().map_err(anyhow::Error::msg))
     }
 
@@ -198,6 +198,6 @@ mod tests {
         );
         assert!(Config::parse("criu = 5").is_err());
         let config = Config { strategy: Some("fast".into()), ..Config::default() };
-        assert!(config.strategy().unwrap_err().to_string().contains("fast"));
+        assert!(config.strategy(None).unwrap_err().to_string().contains("fast"));
     }
 }

@@ -50,6 +50,12 @@ pub fn run(args: &Args) -> Result<i32> {
         stored / MIB,
         m.files.len()
     );
+    if m.is_pre_dump() {
+        println!("kind        pre-dump: a base for a later checkpoint, not restorable by itself");
+    }
+    if let Some(parent) = &m.parent {
+        println!("parent      {} (chunks that did not change are there)", parent.path);
+    }
     m.warnings.iter().for_each(|w| println!("warning     {w}"));
     Ok(0)
 }

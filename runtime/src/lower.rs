@@ -11,7 +11,7 @@ use anyhow::{Context, Error, Result, bail};
 use phos_engine::job::CommandLine;
 use serde::Deserialize;
 
-use crate::args::Args;
+use crate::args::{Args, TRACE};
 use crate::config::{Config, PATH};
 
 /// Where runc usually is. Engines run some verbs without a `PATH`.
@@ -83,7 +83,8 @@ impl Lower {
 
     /// Becomes the lower runtime. Returns only if that fails.
     pub fn exec(&self, args: &Args) -> Error {
-        let error = Command::new(&self.path).args(&args.all).env(GUARD, "1").exec();
+        let words = args.without(TRACE).all;
+        let error = Command::new(&self.path).args(words).env(GUARD, "1").exec();
         Error::from(error).context(format!("cannot run {}", self.path.display()))
     }
 

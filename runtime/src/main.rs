@@ -13,6 +13,7 @@ mod lower;
 mod progress;
 mod restore;
 mod state;
+mod trace;
 
 use std::env;
 use std::process::{Command, ExitCode};

@@ -13,11 +13,12 @@ use phos_engine::keeper::{self, WorkerRole};
 use phos_engine::service::Client;
 use phos_hooks::{Host, Mode, detect, inject_as, merge, plan};
 
+use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::bundle;
-use crate::log;
 use crate::state::{StateDir, read_spec, write_spec};
+use crate::{log, trace};
 
 /// How long a worker may take until it can be spoken to.
 const START: Duration = Duration::from_secs(20);
@@ -31,7 +32,7 @@ pub fn run(run: &Context) -> Result<i32> {
         // No GPU image: the lower runtime's own, or none at all, which it says itself.
         return Err(run.lower.exec(args));
     }
-    let opened = Image::open(&image)?;
+    let opened = Image::open_complete(&image)?;
     let state = StateDir::of(args, &run.config, id)?;
     if run.lower.state(args, id)?.is_some() {
         bail!("container with id exists: {id}");
@@ -97,6 +98,9 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
                 if let Some(path) = env::var_os("PHOS_REPORT") {
                     std::fs::write(path, text)?;
                 }
+                if let Some(path) = run.args.value(TRACE) {
+                    trace::write(path.as_ref(), &report.spans)?;
+                }
             }
             Ok(status)
         }
@@ -114,7 +118,7 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
 async fn rebuild(run: &Context, client: &Client) -> Result<(i32, Option<RestoreReport>)> {
     let args = &run.args;
     let mut child = Command::new(&run.lower.path)
-        .args(&args.all)
+        .args(&args.without(TRACE).all)
         .stdin(Stdio::inherit())
         .spawn()
         .with_context(|| format!("cannot run {}", run.lower.path.display()))?;

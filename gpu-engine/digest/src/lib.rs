@@ -4,9 +4,11 @@
 //! two full 64×64→128-bit products of the words with keys that depend on `i` and on the lane:
 //!
 //! ```text
-//! lane a:  Σ  hi/lo folded ( (x ⊕ ka(2i)) · (y ⊕ ka(2i+1)) )      wrapping sum of 64-bit words
-//! lane b:  the same with keys kb
-//! digest = mix(a, length) ‖ mix(b, length)
+//! k(c, i) = c · (2i + 1)                                             64 bits, wrapping
+//! fold(u, v) = low 64 bits ⊕ high 64 bits of the 128-bit product u · v
+//! lane a:  Σ fold( x ⊕ k(A, i),            y ⊕ k(B, i) )            wrapping sum
+//! lane b:  Σ fold( (x rotated by 32) ⊕ k(C, i),  y ⊕ k(D, i) )
+//! digest = mix(a ⊕ length) ‖ mix(b + length)
 //! ```
 //!
 //! Sums commute, so a GPU computes the blocks of a chunk in any order with any number of threads; keys that
@@ -20,6 +22,9 @@ pub const CHUNK: usize = 256 * 1024;
 
 /// Name of this digest in the image's manifest.
 pub const NAME: &str = "phos-nh128";
+
+/// Digest of a chunk of zeros: how such a chunk is recognised where only its digest is at hand.
+pub const ZERO_CHUNK: Digest = zero_chunk();
 
 /// A chunk's digest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -48,19 +53,29 @@ const D: u64 = 0x27d4_eb2f_1656_67c5;
 
 /// Multiplies to 128 bits and folds: every bit of both factors reaches the result.
 #[inline(always)]
-fn fold(x: u64, y: u64) -> u64 {
-    let product = u128::from(x) * u128::from(y);
+const fn fold(x: u64, y: u64) -> u64 {
+    let product = x as u128 * y as u128;
     (product as u64) ^ ((product >> 64) as u64)
 }
 
 /// Key schedule: an odd multiple of a constant, distinct for every position in a chunk.
 #[inline(always)]
-fn key(constant: u64, position: u64) -> u64 {
+const fn key(constant: u64, position: u64) -> u64 {
     constant.wrapping_mul(2 * position + 1)
 }
 
+const fn zero_chunk() -> Digest {
+    let (mut a, mut b, mut i) = (0u64, 0u64, 0);
+    while i < CHUNK as u64 / 16 {
+        a = a.wrapping_add(fold(key(A, i), key(B, i)));
+        b = b.wrapping_add(fold(key(C, i), key(D, i)));
+        i += 1;
+    }
+    Digest([mix(a ^ CHUNK as u64), mix(b.wrapping_add(CHUNK as u64))])
+}
+
 /// Finalisation of MurmurHash3: spreads a lane's sum over all bits.
-fn mix(mut h: u64) -> u64 {
+const fn mix(mut h: u64) -> u64 {
     h ^= h >> 33;
     h = h.wrapping_mul(0xff51_afd7_ed55_8ccd);
     h ^= h >> 33;
@@ -121,6 +136,11 @@ mod tests {
         let expected = include_str!("known-answers.txt");
         let got: String = answers.iter().map(|a| format!("{a}\n")).collect();
         assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn a_chunk_of_zeros_is_known_by_its_digest() {
+        assert_eq!(digest(&[0; CHUNK]), ZERO_CHUNK);
     }
 
     #[test]

@@ -3,14 +3,17 @@
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use std::{fs, ptr, slice};
 
 use cudarc::driver::sys;
 
 use super::cuda_checkpoint::CheckpointCalls;
-use super::{Device, DeviceError, DriverInfo, GpuId, GpuInfo, Pinned, ProcessState, Region, Result, Stream};
+use super::cuda_kernels::Kernels;
+use super::{
+    Chunks, Device, DeviceError, DriverInfo, GpuId, GpuInfo, Pinned, ProcessState, Region, Result, Stream,
+};
 
 /// Environment variable: the driver library to use instead of the machine's `libcuda.so.1`.
 pub const LIBCUDA_ENV: &str = "PHOS_LIBCUDA";
@@ -23,7 +26,7 @@ macro_rules! check {
     };
 }
 
-fn check(call: &'static str, result: sys::CUresult) -> Result<()> {
+pub(super) fn check(call: &'static str, result: sys::CUresult) -> Result<()> {
     if result == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -46,20 +49,21 @@ struct Gpu {
     name: String,
     total: u64,
     granularity: u64,
+    kernels: Mutex<Option<Kernels>>,
 }
+
+// SAFETY: contexts, modules and functions are process-wide handles; the driver allows their use from any thread that
+// makes the context current first, which every method here does.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver's own locking orders concurrent calls.
+unsafe impl Sync for Gpu {}
 
 /// The opened driver with one context per GPU.
 pub struct CudaDevice {
-    gpus: Vec<Gpu>,
+    gpus: Vec<Arc<Gpu>>,
     calls: CheckpointCalls,
     driver: DriverInfo,
 }
-
-// SAFETY: contexts are process-wide handles; the driver allows their use from any thread that makes them
-// current first, which every method here does.
-unsafe impl Send for CudaDevice {}
-// SAFETY: as above; the driver's own locking orders concurrent calls.
-unsafe impl Sync for CudaDevice {}
 
 /// Loads the driver library so that cudarc, which opens it by name, finds it loaded.
 fn load_library() -> Result<()> {
@@ -112,12 +116,12 @@ impl CudaDevice {
         check!(cuDriverGetVersion(&mut version))?;
         let mut count = 0;
         check!(cuDeviceGetCount(&mut count))?;
-        let gpus = (0..count).map(Gpu::open).collect::<Result<Vec<_>>>()?;
+        let gpus = (0..count).map(|n| Gpu::open(n).map(Arc::new)).collect::<Result<Vec<_>>>()?;
         let release = kernel_release(Path::new("/proc/driver/nvidia/version"));
         Ok(CudaDevice { gpus, calls, driver: DriverInfo { version, release } })
     }
 
-    fn gpu(&self, id: GpuId) -> Result<&Gpu> {
+    fn gpu(&self, id: GpuId) -> Result<&Arc<Gpu>> {
         self.gpus.iter().find(|g| g.id == id).ok_or(DeviceError::NoSuchGpu(id))
     }
 }
@@ -146,11 +150,21 @@ impl Gpu {
             name: String::from_utf8_lossy(&name[..end]).into_owned(),
             total: total as u64,
             granularity: granularity as u64,
+            kernels: Mutex::new(None),
         })
     }
 
     fn enter(&self) -> Result<()> {
         check!(cuCtxSetCurrent(self.context))
+    }
+
+    /// The engine's kernels on this GPU, loaded when first asked for.
+    fn kernels(&self) -> Result<Kernels> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(|e| e.into_inner());
+        match *kernels {
+            Some(loaded) => Ok(loaded),
+            None => Ok(*kernels.insert(Kernels::load(self.ordinal)?)),
+        }
     }
 
     /// Reserves addresses, maps `handle` there and allows access.
@@ -250,7 +264,7 @@ impl Drop for PinnedMemory {
 
 struct CudaStream {
     stream: sys::CUstream,
-    context: sys::CUcontext,
+    gpu: Arc<Gpu>,
 }
 
 // SAFETY: a stream may be used from any thread in which its context is current; every method sets it.
@@ -258,7 +272,7 @@ unsafe impl Send for CudaStream {}
 
 impl CudaStream {
     fn enter(&self) -> Result<()> {
-        check!(cuCtxSetCurrent(self.context))
+        self.gpu.enter()
     }
 }
 
@@ -281,6 +295,15 @@ impl Stream for CudaStream {
         self.enter()?;
         check!(cuMemsetD8Async(address, 0, len as usize, self.stream))
     }
+    fn digest(&mut self, chunks: Chunks, count: u64, to: &mut dyn Pinned, at: usize) -> Result<()> {
+        let target = to.bytes_mut()[at..at + count as usize * 16].as_mut_ptr();
+        self.enter()?;
+        self.gpu.kernels()?.digest(self.stream, chunks, count, target as u64)
+    }
+    fn gather(&mut self, list: u64, count: u64, to: u64) -> Result<()> {
+        self.enter()?;
+        self.gpu.kernels()?.gather(self.stream, list, count, to)
+    }
     fn wait(&mut self) -> Result<()> {
         self.enter()?;
         check!(cuStreamSynchronize(self.stream))
@@ -301,7 +324,7 @@ impl Device for CudaDevice {
     }
 
     fn gpus(&self) -> Result<Vec<GpuInfo>> {
-        let info = |gpu: &Gpu| {
+        let info = |gpu: &Arc<Gpu>| {
             gpu.enter()?;
             let (mut free, mut total) = (0, 0);
             check!(cuMemGetInfo_v2(&mut free, &mut total))?;
@@ -366,7 +389,7 @@ impl Device for CudaDevice {
         let mut stream = ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         check!(cuStreamCreate(&mut stream, flags))?;
-        Ok(Box::new(CudaStream { stream, context: gpu.context }))
+        Ok(Box::new(CudaStream { stream, gpu: gpu.clone() }))
     }
 }
 

@@ -23,9 +23,12 @@ pub enum Location {
     },
 }
 
+/// Digest and place of a chunk's saved bytes.
+pub type Saved = (Digest, Location);
+
 /// Digest and place of every chunk.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct ChunkTable(pub Vec<(Digest, Location)>);
+pub struct ChunkTable(pub Vec<Saved>);
 
 impl ChunkTable {
     /// The file's bytes.

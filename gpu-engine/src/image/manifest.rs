@@ -88,12 +88,26 @@ pub struct LibraryEntry {
     pub digest: String,
 }
 
+/// The image that this one builds on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParentEntry {
+    /// Its folder, relative to this image's.
+    pub path: String,
+    /// Digest of its manifest's bytes, hexadecimal.
+    pub digest: String,
+}
+
+/// The feature of images with a [`ParentEntry`].
+pub const FEATURE_PARENT: &str = "parent";
+/// The feature of pre-dumps, which serve as parents only.
+pub const FEATURE_PRE_DUMP: &str = "pre-dump";
+
 /// The manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`VERSION`].
     pub version: u32,
-    /// What a reader must know beyond the version; none exist yet.
+    /// What a reader must know beyond the version: [`FEATURE_PARENT`], [`FEATURE_PRE_DUMP`].
     #[serde(default)]
     pub features: Vec<String>,
     /// The phos-runc that wrote it.
@@ -122,6 +136,9 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// See [`IndexEntry`].
     pub index: IndexEntry,
+    /// See [`ParentEntry`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<ParentEntry>,
     /// See [`LibraryEntry`].
     pub library: Option<LibraryEntry>,
     /// Things a person should know.
@@ -140,6 +157,11 @@ impl Manifest {
     /// Chunks in all allocations.
     pub fn chunk_count(&self) -> u64 {
         self.gpu_bytes() / CHUNK as u64
+    }
+
+    /// Whether this is a pre-dump.
+    pub fn is_pre_dump(&self) -> bool {
+        self.features.iter().any(|f| f == FEATURE_PRE_DUMP)
     }
 
     /// Checks everything that can be checked without the other files. Says what is wrong.
@@ -180,6 +202,9 @@ impl Manifest {
         let mut pids = std::collections::HashSet::new();
         if let Some(p) = self.processes.iter().find(|p| p.pid <= 0 || !pids.insert(p.pid)) {
             return Err(format!("process {} is listed twice or cannot exist", p.pid));
+        }
+        if self.parent.is_some() != self.features.iter().any(|f| f == FEATURE_PARENT) {
+            return Err("the feature 'parent' and the entry do not go together".into());
         }
         if self.files.len() > 4096 {
             return Err(format!("{} data files", self.files.len()));

@@ -4,9 +4,12 @@
 //! phos.json          manifest: version, driver, GPUs, processes, allocations, the files below with sizes and digests,
 //!                    the container's effective configuration. Written last, under another name, then renamed:
 //!                    no manifest, no checkpoint.
+//!                    An image with the feature "parent" builds on another one: it names that one's folder, relative to
+//!                    its own, and the digest of that one's manifest.
 //! phos-chunks.idx    chunk table, one 32-byte record for each chunk of all allocations in the manifest's order:
 //!                      0  digest       16 bytes, see `phos_digest`
-//!                     16  file          u32   0: all bytes are zero, nothing is stored; N: phos-gpu-(N-1).img
+//!                     16  file          u32   0: all bytes are zero, nothing is stored; N: data file number N-1,
+//!                                             counted through this image's files, then its parent's, and so on
 //!                     20  reserved      u32   0
 //!                     24  offset        u64   in that file, a multiple of 4096
 //!                    behind a header: magic "PHOSIDX1", chunk size u64, chunk count u64, reserved u64 0
@@ -26,13 +29,14 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-pub use chunks::{ChunkTable, Location};
+pub use chunks::{ChunkTable, Location, Saved};
 pub use manifest::{
-    Allocation, DriverEntry, FileEntry, GpuEntry, IndexEntry, LibraryEntry, Manifest, ProcessEntry,
+    Allocation, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, FileEntry, GpuEntry, IndexEntry, LibraryEntry,
+    Manifest, ParentEntry, ProcessEntry,
 };
 pub use phos_digest::{CHUNK, Digest};
 pub use reader::{Extent, Image};
-pub use writer::{ImageWriter, Lane};
+pub use writer::{ImageWriter, Sink};
 
 /// The manifest's name.
 pub const MANIFEST: &str = "phos.json";
@@ -94,6 +98,19 @@ pub enum ImageError {
         /// The feature.
         feature: String,
     },
+    /// The image it builds on is missing or is not the one it was.
+    #[error("image {path} builds on the image {parent}, which {what}: put that one back where it was")]
+    Parent {
+        /// The image folder.
+        path: PathBuf,
+        /// The folder of the image it builds on.
+        parent: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A pre-dump, which has nothing of the CPU side and was written while the program ran.
+    #[error("image {0} is a pre-dump: restore from the checkpoint that was made with --parent-path on it")]
+    PreDump(PathBuf),
     /// A file is not what the manifest says.
     #[error("image file {path} is damaged: {what}")]
     Damaged {

@@ -8,16 +8,33 @@ use std::path::{Path, PathBuf};
 use super::chunks::ChunkTable;
 use super::manifest::MAX_BYTES;
 use super::writer::hex;
-use super::{Allocation, CHUNK, INDEX, ImageError, Location, MANIFEST, Manifest, VERSION};
+use super::{
+    Allocation, CHUNK, FEATURE_PARENT, FEATURE_PRE_DUMP, INDEX, ImageError, Location, MANIFEST, Manifest, Saved,
+    VERSION,
+};
+
+/// Longest chain of images that build on each other.
+const LONGEST_CHAIN: usize = 64;
 
 /// An image whose manifest and chunk table have been checked.
 #[derive(Debug)]
 pub struct Image {
     /// The manifest.
     pub manifest: Manifest,
+    /// Digest of the manifest's bytes, hexadecimal.
+    pub digest: String,
     folder: PathBuf,
     table: ChunkTable,
-    files: Vec<File>,
+    /// Its own, then its parent's, and so on.
+    files: Vec<DataFile>,
+}
+
+/// A data file, open.
+#[derive(Debug)]
+struct DataFile {
+    file: File,
+    path: PathBuf,
+    size: u64,
 }
 
 /// Chunks of one allocation that lie together.
@@ -63,8 +80,21 @@ impl Image {
         folder.join(MANIFEST).symlink_metadata().is_ok()
     }
 
-    /// Opens an image and checks everything but the chunks' contents.
+    /// Opens an image, and those it builds on, and checks everything but the chunks' contents.
     pub fn open(folder: &Path) -> Result<Self, ImageError> {
+        Self::open_chain(folder, LONGEST_CHAIN)
+    }
+
+    /// Opens an image that is to be restored: a pre-dump is refused.
+    pub fn open_complete(folder: &Path) -> Result<Self, ImageError> {
+        let image = Self::open(folder)?;
+        match image.manifest.is_pre_dump() {
+            true => Err(ImageError::PreDump(folder.into())),
+            false => Ok(image),
+        }
+    }
+
+    fn open_chain(folder: &Path, depth: usize) -> Result<Self, ImageError> {
         let path = folder.join(MANIFEST);
         let bad = |what: String| ImageError::Manifest { path: folder.into(), what };
         let (file, len) = match open(&path) {
@@ -85,7 +115,8 @@ impl Image {
             None => return Err(bad("it has no version".into())),
         }
         let manifest: Manifest = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
-        if let Some(feature) = manifest.features.first() {
+        let known = |f: &&String| ![FEATURE_PARENT, FEATURE_PRE_DUMP].contains(&f.as_str());
+        if let Some(feature) = manifest.features.iter().find(known) {
             return Err(ImageError::Feature { path: folder.into(), feature: feature.clone() });
         }
         manifest.check().map_err(bad)?;
@@ -98,7 +129,25 @@ impl Image {
                 let what = format!("it has {len} bytes, the manifest says {}", entry.size);
                 return Err(ImageError::Damaged { path, what });
             }
-            files.push(file);
+            files.push(DataFile { file, path, size: len });
+        }
+        if let Some(entry) = &manifest.parent {
+            let parent = folder.join(&entry.path);
+            let wrong = |what: String| ImageError::Parent { path: folder.into(), parent: parent.clone(), what };
+            if Path::new(&entry.path).is_absolute() {
+                return Err(bad("the path of its parent is not relative".into()));
+            }
+            if depth == 0 {
+                return Err(wrong(format!("is the end of a chain of more than {LONGEST_CHAIN} images")));
+            }
+            let opened = match Self::open_chain(&parent, depth - 1) {
+                Err(ImageError::Missing(_)) => Err(wrong("is not there".into())),
+                other => other,
+            }?;
+            if opened.digest != entry.digest {
+                return Err(wrong("is not the one it was".into()));
+            }
+            files.extend(opened.files);
         }
         let path = folder.join(INDEX);
         let damaged = |what: String| ImageError::Damaged { path: path.clone(), what };
@@ -110,9 +159,15 @@ impl Image {
         if hex(phos_digest::digest(&bytes)) != manifest.index.digest {
             return Err(damaged("its digest is not the manifest's".into()));
         }
-        let sizes: Vec<_> = manifest.files.iter().map(|f| f.size).collect();
+        let sizes: Vec<_> = files.iter().map(|f| f.size).collect();
         let table = ChunkTable::decode(&bytes, manifest.chunk_count(), &sizes).map_err(damaged)?;
-        Ok(Image { manifest, folder: folder.into(), table, files })
+        Ok(Image { manifest, digest: hex(phos_digest::digest(&text)), folder: folder.into(), table, files })
+    }
+
+    /// Digests and places of the allocation's chunks. Files are numbered as in this image.
+    pub fn saved(&self, allocation: &Allocation) -> &[Saved] {
+        let first = allocation.first_chunk as usize;
+        &self.table.0[first..first + (allocation.size / CHUNK as u64) as usize]
     }
 
     /// The allocation's chunks in runs of at most `max` bytes that lie together.
@@ -149,10 +204,9 @@ impl Image {
                 self.folder.join(INDEX)
             }
             Location::File { file, offset } => {
-                let path = self.folder.join(&self.manifest.files[file as usize].name);
-                let read = self.files[file as usize].read_exact_at(into, offset);
-                read.map_err(|e| ImageError::io(&path, e))?;
-                path
+                let DataFile { file, path, .. } = &self.files[file as usize];
+                file.read_exact_at(into, offset).map_err(|e| ImageError::io(path, e))?;
+                path.clone()
             }
         };
         for (i, chunk) in into.chunks_exact(CHUNK).enumerate() {

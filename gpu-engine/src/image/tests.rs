@@ -41,6 +41,7 @@ fn manifest(sizes: &[usize]) -> Manifest {
         allocations,
         files: vec![],
         index: IndexEntry { size: 0, digest: String::new() },
+        parent: None,
         library: None,
         warnings: vec![],
         effective_spec: serde_json::json!({}),
@@ -52,15 +53,29 @@ fn chunk(n: u64) -> Vec<u8> {
     if n % 3 == 2 { vec![0; CHUNK] } else { (0..CHUNK).map(|i| (i as u64 * (n + 1) + n) as u8).collect() }
 }
 
+/// Puts chunks from `first` on through `lane` and records them in `table`.
+fn put(writer: &ImageWriter, lane: usize, first: usize, count: usize, table: &mut [Option<Saved>]) {
+    let data: Vec<u8> = (first..first + count).flat_map(|n| chunk(n as u64)).collect();
+    let digests: Vec<_> = data.chunks(CHUNK).map(phos_digest::digest).collect();
+    let mut places: Vec<_> = table[first..first + count].iter().map(|s| s.map(|(_, place)| place)).collect();
+    writer.put(lane, &data, &digests, &mut places).unwrap();
+    for (n, (digest, place)) in digests.into_iter().zip(places).enumerate() {
+        table[first + n] = place.map(|p| (digest, p));
+    }
+}
+
 fn write(folder: &Path) {
-    let mut writer = ImageWriter::create(folder, 2).unwrap();
-    let (a, b) = writer.lanes().split_at_mut(1);
-    let run: Vec<u8> = (0..5).flat_map(chunk).collect();
-    a[0].put(0, &run).unwrap();
-    b[0].put(5, &chunk(5)).unwrap();
-    b[0].put(6, &chunk(6)).unwrap();
+    let writer = ImageWriter::create(folder, 2).unwrap();
+    let mut table = vec![None; 7];
+    put(&writer, 0, 0, 5, &mut table);
+    put(&writer, 1, 5, 1, &mut table);
+    put(&writer, 1, 6, 1, &mut table);
     assert_eq!(writer.written(), 5 * CHUNK as u64);
-    writer.commit(manifest(&[4, 3])).unwrap();
+    // Written again by another thread: nothing moves, nothing grows.
+    let before = table.clone();
+    put(&writer, 1, 0, 5, &mut table);
+    assert_eq!((before, 5 * CHUNK as u64), (table.clone(), writer.written()));
+    writer.commit(manifest(&[4, 3]), table).unwrap();
 }
 
 fn read_all(folder: &Path) -> Result<Vec<u8>, ImageError> {
@@ -175,13 +190,67 @@ fn only_regular_files_are_opened() {
 #[test]
 fn without_commit_nothing_is_left() {
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = ImageWriter::create(folder.path(), 2).unwrap();
-    writer.lanes()[0].put(0, &chunk(0)).unwrap();
+    let writer = ImageWriter::create(folder.path(), 2).unwrap();
+    put(&writer, 0, 0, 1, &mut [None]);
     drop(writer);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
-    let mut writer = ImageWriter::create(folder.path(), 1).unwrap();
-    writer.lanes()[0].put(0, &chunk(0)).unwrap();
-    let error = writer.commit(manifest(&[2])).unwrap_err();
+    let writer = ImageWriter::create(folder.path(), 1).unwrap();
+    let mut table = vec![None; 2];
+    put(&writer, 0, 0, 1, &mut table);
+    let error = writer.commit(manifest(&[2]), table).unwrap_err();
     assert!(error.to_string().contains("never written"), "{error}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// An image in `folder` whose first three chunks are those of the image in `../base`, and whose fourth is new.
+fn write_child(folder: &Path, base: &Path) {
+    let parent = Image::open(base).unwrap();
+    let writer = ImageWriter::create(folder, 1).unwrap();
+    let own = |(digest, place): &Saved| match *place {
+        Location::File { file, offset } => Some((*digest, Location::File { file: file + 1, offset })),
+        Location::Zero => Some((*digest, Location::Zero)),
+    };
+    let mut table: Vec<_> = parent.saved(&parent.manifest.allocations[0]).iter().map(own).collect();
+    put(&writer, 0, 3, 1, &mut table);
+    assert_eq!(writer.written(), CHUNK as u64, "a place in the parent is never written to");
+    let mut manifest = manifest(&[4]);
+    manifest.features.push(FEATURE_PARENT.into());
+    manifest.parent = Some(ParentEntry { path: "../base".into(), digest: parent.digest });
+    writer.commit(manifest, table).unwrap();
+}
+
+#[test]
+fn an_image_reads_through_to_the_one_it_builds_on() {
+    let top = tempfile::tempdir().unwrap();
+    let [base, child] = ["base", "child"].map(|n| top.path().join(n));
+    for folder in [&base, &child] {
+        fs::create_dir(folder).unwrap();
+    }
+    write(&base);
+    write_child(&child, &base);
+    assert_eq!(read_all(&child).unwrap(), (0..4).flat_map(chunk).collect::<Vec<_>>());
+    // Another image in its place, or none, is noticed.
+    let manifest = base.join(MANIFEST);
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"created\": ", "\"created\": 1")).unwrap();
+    let error = Image::open(&child).unwrap_err().to_string();
+    assert!(error.contains("is not the one it was"), "{error}");
+    fs::remove_file(&manifest).unwrap();
+    let error = Image::open(&child).unwrap_err().to_string();
+    assert!(error.contains("is not there"), "{error}");
+}
+
+#[test]
+fn a_chain_that_bites_its_tail_ends() {
+    let top = tempfile::tempdir().unwrap();
+    let base = top.path().join("base");
+    fs::create_dir(&base).unwrap();
+    write(&base);
+    let text = fs::read_to_string(base.join(MANIFEST)).unwrap();
+    let mut manifest: Manifest = serde_json::from_str(&text).unwrap();
+    manifest.features.push(FEATURE_PARENT.into());
+    manifest.parent = Some(ParentEntry { path: "../base".into(), digest: "0".into() });
+    fs::write(base.join(MANIFEST), serde_json::to_string(&manifest).unwrap()).unwrap();
+    let error = Image::open(&base).unwrap_err().to_string();
+    assert!(error.contains("chain of more than"), "{error}");
 }

@@ -1,14 +1,19 @@
 //! Writing an image.
 //!
-//! Several threads write at the same time, each through a [`Lane`] with a data file of its own, so that none waits
-//! for another. What has been written is only an image once [`ImageWriter::commit`] has renamed the manifest.
+//! Several threads write at the same time, each to a data file of its own, so that none waits for another. A chunk that
+//! is written again takes the place it had. What has been written is only an image once [`ImageWriter::commit`] has
+//! renamed the manifest.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::chunks::{ALIGN, ChunkTable};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+
+use super::chunks::{ALIGN, ChunkTable, Saved};
 use super::{
     CHUNK, Digest, FileEntry, INDEX, ImageError, IndexEntry, Location, MANIFEST, Manifest, data_file,
 };
@@ -17,18 +22,29 @@ use super::{
 #[derive(Debug)]
 pub struct ImageWriter {
     folder: PathBuf,
-    lanes: Vec<Lane>,
+    files: Vec<DataFile>,
     committed: bool,
 }
 
-/// One thread's part: a data file and the places of the chunks it has taken.
+/// One data file. New chunks go to its end.
 #[derive(Debug)]
-pub struct Lane {
-    number: u32,
+struct DataFile {
     path: PathBuf,
     file: File,
-    length: u64,
-    chunks: Vec<(u64, Digest, Location)>,
+    length: AtomicU64,
+}
+
+/// Takes chunks from the copy pipeline.
+pub trait Sink: Sync {
+    /// Takes whole chunks from thread `lane`, with their digests. `places` has the place that each has already, if any,
+    /// and receives where it is now.
+    fn put(
+        &self,
+        lane: usize,
+        data: &[u8],
+        digests: &[Digest],
+        places: &mut [Option<Location>],
+    ) -> Result<(), ImageError>;
 }
 
 fn create(path: &Path) -> Result<File, ImageError> {
@@ -42,45 +58,66 @@ fn create(path: &Path) -> Result<File, ImageError> {
         .map_err(|e| ImageError::io(path, e))
 }
 
+impl DataFile {
+    fn create(path: PathBuf) -> Result<Self, ImageError> {
+        let file = create(&path)?;
+        // Past the page cache where the file system takes that: the bytes are written once and not read soon, and
+        // memory is what the application needs. On tmpfs the page cache is the storage.
+        if fstatfs(&file).is_ok_and(|s| s.filesystem_type() != TMPFS_MAGIC) {
+            set_direct(&file, true);
+        }
+        Ok(DataFile { path, file, length: AtomicU64::new(0) })
+    }
+
+    fn write(&self, data: &[u8], offset: u64) -> Result<(), ImageError> {
+        let written = match self.file.write_all_at(data, offset) {
+            // A file system with stricter rules of alignment than pages, or a buffer of other origin.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) && set_direct(&self.file, false) => {
+                self.file.write_all_at(data, offset)
+            }
+            other => other,
+        };
+        written.map_err(|e| ImageError::io(&self.path, e))
+    }
+}
+
+/// Switches direct I/O; says whether that worked.
+fn set_direct(file: &File, direct: bool) -> bool {
+    let Ok(flags) = fcntl(file, FcntlArg::F_GETFL) else { return false };
+    let mut flags = OFlag::from_bits_retain(flags);
+    flags.set(OFlag::O_DIRECT, direct);
+    fcntl(file, FcntlArg::F_SETFL(flags)).is_ok()
+}
+
 impl ImageWriter {
     /// Begins an image with `lanes` data files in `folder`.
     pub fn create(folder: &Path, lanes: usize) -> Result<Self, ImageError> {
-        let mut writer = ImageWriter { folder: folder.into(), lanes: Vec::new(), committed: false };
+        let mut writer = ImageWriter { folder: folder.into(), files: Vec::new(), committed: false };
         for n in 0..lanes {
-            let path = folder.join(data_file(n));
-            let file = create(&path)?;
-            writer.lanes.push(Lane { number: n as u32, path, file, length: 0, chunks: Vec::new() });
+            writer.files.push(DataFile::create(folder.join(data_file(n)))?);
         }
         Ok(writer)
     }
 
-    /// The lanes, one for each writing thread.
-    pub fn lanes(&mut self) -> &mut [Lane] {
-        &mut self.lanes
-    }
-
     /// Bytes in the data files.
     pub fn written(&self) -> u64 {
-        self.lanes.iter().map(|l| l.length).sum()
+        self.files.iter().map(|f| f.length.load(Ordering::Relaxed)).sum()
     }
 
     /// Makes the data written so far durable.
     pub fn sync(&self) -> Result<(), ImageError> {
-        self.lanes.iter().try_for_each(|l| l.file.sync_all().map_err(|e| ImageError::io(&l.path, e)))
+        self.files.iter().try_for_each(|f| f.file.sync_all().map_err(|e| ImageError::io(&f.path, e)))
     }
 
     /// Writes chunk table and manifest, syncs everything and gives the manifest its name. `manifest` comes with
-    /// everything but `files` and `index`. Every chunk of its allocations must have been put.
-    pub fn commit(mut self, mut manifest: Manifest) -> Result<(), ImageError> {
+    /// everything but `files` and `index`, `table` with a place for every chunk of its allocations.
+    pub fn commit(mut self, mut manifest: Manifest, table: Vec<Option<Saved>>) -> Result<(), ImageError> {
         let damaged = |what: String| ImageError::Manifest { path: self.folder.clone(), what };
         let count = manifest.chunk_count();
-        let mut table = vec![None; count as usize];
-        for (n, digest, location) in self.lanes.iter().flat_map(|l| &l.chunks) {
-            let slot = table.get_mut(*n as usize).ok_or_else(|| damaged(format!("chunk {n} of {count}")))?;
-            *slot = Some((*digest, *location));
+        if table.len() as u64 != count {
+            return Err(damaged(format!("{} chunks instead of {count}", table.len())));
         }
-        let missing = table.iter().position(Option::is_none);
-        if let Some(n) = missing {
+        if let Some(n) = table.iter().position(Option::is_none) {
             return Err(damaged(format!("chunk {n} was never written")));
         }
         manifest.check().map_err(damaged)?;
@@ -92,11 +129,11 @@ impl ImageWriter {
             file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| ImageError::io(&path, e))
         };
         write(INDEX, &index)?;
-        manifest.files = self
-            .lanes
-            .iter()
-            .map(|l| FileEntry { name: data_file(l.number as usize), size: l.length })
-            .collect();
+        let entry = |(n, f): (usize, &DataFile)| FileEntry {
+            name: data_file(n),
+            size: f.length.load(Ordering::Relaxed),
+        };
+        manifest.files = self.files.iter().enumerate().map(entry).collect();
         manifest.index = IndexEntry { size: index.len() as u64, digest: hex(phos_digest::digest(&index)) };
         let text = serde_json::to_vec_pretty(&manifest)
             .map_err(|e| ImageError::Manifest { path: self.folder.clone(), what: e.to_string() })?;
@@ -117,31 +154,45 @@ pub(super) fn hex(d: Digest) -> String {
     d.to_bytes().iter().map(|b| format!("{b:02x}")).collect()
 }
 
-impl Lane {
-    /// Writes whole chunks, the first of which has number `first`. All-zero chunks take no space.
-    pub fn put(&mut self, first: u64, data: &[u8]) -> Result<(), ImageError> {
-        debug_assert!(data.len().is_multiple_of(CHUNK));
-        // Runs of chunks that are not zero go out in one write.
-        let mut run = 0..0;
-        for (i, chunk) in data.chunks_exact(CHUNK).enumerate() {
-            let digest = phos_digest::digest(chunk);
-            let location = if phos_digest::is_zero(chunk) {
-                self.write(&data[run.clone()])?;
-                run = (i + 1) * CHUNK..(i + 1) * CHUNK;
-                Location::Zero
-            } else {
-                run.end = (i + 1) * CHUNK;
-                Location::File { file: self.number, offset: self.length + (i * CHUNK - run.start) as u64 }
-            };
-            self.chunks.push((first + i as u64, digest, location));
+impl Sink for ImageWriter {
+    fn put(
+        &self,
+        lane: usize,
+        data: &[u8],
+        digests: &[Digest],
+        places: &mut [Option<Location>],
+    ) -> Result<(), ImageError> {
+        debug_assert!(data.len() == digests.len() * CHUNK && digests.len() == places.len());
+        let no_lane = || ImageError::io(&self.folder, io::Error::other("more threads than data files"));
+        let own = self.files.get(lane).ok_or_else(no_lane)?;
+        for (digest, place) in digests.iter().zip(&mut *places) {
+            *place = Some(match *place {
+                _ if *digest == phos_digest::ZERO_CHUNK => Location::Zero,
+                // Its own place in this image, not one in the image this one builds on.
+                Some(Location::File { file, offset }) if (file as usize) < self.files.len() => {
+                    Location::File { file, offset }
+                }
+                _ => {
+                    let offset = own.length.fetch_add(CHUNK as u64, Ordering::Relaxed);
+                    Location::File { file: lane as u32, offset }
+                }
+            });
         }
-        self.write(&data[run])
-    }
-
-    fn write(&mut self, data: &[u8]) -> Result<(), ImageError> {
-        debug_assert!(self.length.is_multiple_of(ALIGN));
-        self.file.write_all_at(data, self.length).map_err(|e| ImageError::io(&self.path, e))?;
-        self.length += data.len() as u64;
+        // What lies together goes out in one write.
+        let mut from = 0;
+        while from < places.len() {
+            let Some(Location::File { file, offset }) = places[from] else {
+                from += 1;
+                continue;
+            };
+            debug_assert!(offset.is_multiple_of(ALIGN));
+            let follows = |n: &usize| {
+                places.get(*n) == Some(&Some(Location::File { file, offset: offset + ((*n - from) * CHUNK) as u64 }))
+            };
+            let end = (from..=places.len()).find(|n| !follows(n)).unwrap_or(places.len());
+            self.files[file as usize].write(&data[from * CHUNK..end * CHUNK], offset)?;
+            from = end;
+        }
         Ok(())
     }
 }
@@ -150,7 +201,7 @@ impl Drop for ImageWriter {
     fn drop(&mut self) {
         if !self.committed {
             let temporary = format!(".{MANIFEST}.new");
-            let data = self.lanes.iter().map(|l| l.path.clone());
+            let data = self.files.iter().map(|f| f.path.clone());
             for path in data.chain([INDEX, temporary.as_str()].map(|n| self.folder.join(n))) {
                 let _ = fs::remove_file(path);
             }

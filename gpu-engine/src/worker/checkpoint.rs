@@ -1,19 +1,22 @@
 //! A checkpoint, from preflight to commit. DESIGN: `Running → Draining → Parked → Detached → … → Running`.
 //!
 //! ```text
-//! preflight   processes, blockers, folder, space; memory imported, ring and snapshot memory allocated
+//! preflight   processes, blockers, folder, space; memory imported, buffers and spare memory allocated
+//! pre-copy    rounds of copying, where the plan has them
 //! ── the program stands still ──────────────────────────────────────────────────────────────────────
 //! park        every gate closes, work drains, memory is handed over
-//! detach      driver checkpoint            ║ snapshot inside the GPU (or copy out, if there is no room)
-//! dump        the lower runtime, CRIU      ║ … still going on
-//! wake        driver restore, attach, gates open                                   (leave-running only)
+//! detach      driver checkpoint                       ║ what differs from what is saved goes to spare memory,
+//! dump        the lower runtime, CRIU                 ║ and straight to the image what finds no room there
+//! wake        driver restore, then (joined) attach, gates open                     (leave-running only)
 //! ── the program runs again ────────────────────────────────────────────────────────────────────────
-//! drain       snapshot → image
+//! drain       spare memory → image
 //! commit      data synced, manifest renamed
 //! ```
 //!
 //! Without leave-running, everything on the GPU is in the image and synced before the lower runtime is asked:
 //! once it has succeeded the processes are gone, and nothing may be left that could fail.
+//!
+//! A pre-dump is the first two steps, the lower runtime's own pre-dump, and the commit.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -23,24 +26,34 @@ use std::time::{Duration, Instant};
 use phos_protocol::message::{Entry, PARK_LOW_STACK, PARK_PREFAULT, Timings};
 
 use super::folder::ImageFolder;
-use super::save::{self, Saver};
+use super::save;
 use super::subject::{Subject, all, find};
 use super::wake::{Sleeper, Woken, wake};
-use crate::device::{Device, GpuId};
+use crate::copy::{self, Ledger, Quiesced};
+use crate::device::Device;
 use crate::error::EngineError;
-use crate::job::{CheckpointJob, CheckpointReport, Strategy};
+use crate::image::{ImageWriter, ParentEntry};
+use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Packet, Phase, Wire};
 use crate::lower;
 use crate::peer::ControlDir;
-use crate::plan;
+use crate::plan::{self, CopyPlan};
 use crate::progress::Progress;
 use crate::service::LowerOutput;
 
-/// GPU memory that a snapshot leaves free for the application: it may allocate while the snapshot drains.
-const SNAPSHOT_RESERVE: u64 = 1 << 30;
+/// GPU memory that spare memory leaves free for the application: it may allocate while a snapshot drains.
+const SPARE_RESERVE: u64 = 1 << 30;
 
 /// How often the freezer is asked.
 const FREEZER_ATTEMPTS: u32 = 10;
+
+/// How long memory is watched to see how fast it changes.
+const WATCH: Duration = Duration::from_millis(100);
+
+/// Name of what concerns the container as a whole, in timelines.
+const ENGINE: &str = "engine";
+
+type Session<'a> = copy::Session<'a, ImageWriter>;
 
 /// A checkpoint under way.
 pub struct Checkpoint<'a> {
@@ -84,6 +97,7 @@ pub fn run(
     let result = checkpoint.run();
     let Checkpoint { mut report, lower, .. } = checkpoint;
     report.total_ms = ms(progress.began().elapsed());
+    report.spans = progress.spans();
     (result.map(|()| report), lower)
 }
 
@@ -133,17 +147,38 @@ impl Checkpoint<'_> {
     fn save(&mut self, folder: &ImageFolder) -> Result<(), EngineError> {
         self.preflight()?;
         let bytes: u64 = self.subjects.iter().map(Subject::bytes).sum();
-        folder.require(bytes + bytes / 64)?;
-        let snapshot = self.prepare_snapshot()?;
         let device = self.device.clone();
-        let mut saver = Saver::prepare(device.as_ref(), &self.job.image)?;
+        let progress = self.progress;
+        let lanes = copy::lane_count();
+        let mut ledger = Ledger::default();
+        save::update(&mut ledger, &self.subjects);
+        let parent = match &self.job.parent {
+            Some(path) => {
+                Some(save::assume_parent(&mut ledger, &self.subjects, &self.job.image, path, lanes)?)
+            }
+            None => {
+                folder.require(bytes + bytes / 64)?;
+                None
+            }
+        };
+        let writer = ImageWriter::create(&self.job.image, lanes)?;
+        let mut session = copy::Session::prepare(device.as_ref(), progress, writer, lanes, ledger)?;
+        let plan = self.choose(&mut session, parent.as_ref())?;
+        if plan.precopy {
+            self.precopy(&mut session)?;
+        }
+        if self.job.pre_dump {
+            self.lower_pre_dump()?;
+            return self.commit(session, parent);
+        }
+        self.prepare_stop(&mut session, plan)?;
         let stopped = Instant::now();
-        match self.stand_still(&mut saver, snapshot) {
+        match self.stand_still(&mut session) {
             Ok(()) => {}
             Err(cause) => {
                 tracing::error!(error = %cause, "checkpoint failed, waking the container");
-                drop(saver);
-                return Err(match self.wake() {
+                drop(session);
+                return Err(match self.wake(|| ()) {
                     Ok(_) => cause,
                     Err(rollback) => {
                         EngineError::RollbackFailed { cause: Box::new(cause), rollback: Box::new(rollback) }
@@ -153,16 +188,21 @@ impl Checkpoint<'_> {
         }
         if self.job.leave_running {
             self.report.pause_ms = ms(stopped.elapsed());
-        }
-        if snapshot && self.job.leave_running {
-            // From here on the application owns its memory alone; only the snapshot is read.
+            // From here on the application owns its memory alone; only spare memory is read.
             for piece in self.subjects.iter_mut().flat_map(|s| &mut s.pieces) {
                 piece.region = None;
             }
-            self.copy_out(&mut saver)?;
+            self.report.copy_ms += ms(session.drain()?);
         }
+        self.commit(session, parent)
+    }
+
+    fn commit(&mut self, session: Session<'_>, parent: Option<ParentEntry>) -> Result<(), EngineError> {
         self.progress.step("commit", 0);
-        save::commit(saver, self.job, &self.subjects, &mut self.report)?;
+        let begin = Instant::now();
+        let saved = session.finish();
+        save::commit(self.device.as_ref(), saved, parent, self.job, &self.subjects, &mut self.report)?;
+        self.progress.span("commit", ENGINE, begin, begin.elapsed());
         Ok(())
     }
 
@@ -196,101 +236,137 @@ impl Checkpoint<'_> {
         Ok(())
     }
 
-    /// Decides whether there will be a snapshot, and allocates it while the program still runs.
-    fn prepare_snapshot(&mut self) -> Result<bool, EngineError> {
-        let gpus = self.device.gpus()?;
+    /// Decides how to copy.
+    fn choose(&self, session: &mut Session<'_>, parent: Option<&ParentEntry>) -> Result<CopyPlan, EngineError> {
         let demand = plan::demand_by_gpu(self.subjects.iter().flat_map(|s| &s.pieces).map(|p| &p.held));
-        let room = plan::snapshot_fits(&demand, &gpus, SNAPSHOT_RESERVE);
-        let wanted = match self.job.strategy {
-            Strategy::Stop => false,
-            Strategy::Snapshot => true,
-            Strategy::Auto => room,
-        };
-        if !self.job.leave_running || !wanted {
-            return Ok(false);
+        let bytes = demand.values().sum();
+        let mut fits = plan::snapshot_fits(&demand, &self.device.gpus()?, SPARE_RESERVE);
+        if parent.is_some() {
+            session.prepare_scan()?;
+            // What the parent has already needs no room.
+            let dirty = session.dirty()?;
+            let dirty = save::bytes_by_gpu(&session.ledger, &dirty);
+            fits = plan::snapshot_fits(&dirty, &self.device.gpus()?, SPARE_RESERVE);
         }
-        for subject in &mut self.subjects {
-            match allocate_snapshots(self.device.as_ref(), subject) {
-                Ok(()) => {}
-                Err(EngineError::Driver { source, .. })
-                    if source.is_out_of_memory() && self.job.strategy == Strategy::Auto =>
-                {
-                    self.drop_snapshots("no room for a snapshot inside the GPU");
-                    return Ok(false);
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(true)
+        let changing = || Ok::<_, EngineError>((session.changing(WATCH)?, WATCH));
+        let mut plan = plan::choose(self.job.strategy, self.job.leave_running, bytes, fits, changing)?;
+        plan.precopy |= self.job.pre_dump;
+        tracing::info!(?plan, bytes, fits, "how to copy");
+        Ok(plan)
     }
 
-    fn drop_snapshots(&mut self, why: &str) {
-        self.report.warnings.push(format!("{why}: copied out while the program stood still"));
-        for piece in self.subjects.iter_mut().flat_map(|s| &mut s.pieces) {
-            piece.snapshot = None;
+    /// Copies while the program runs, in rounds, as long as that makes the rest smaller.
+    fn precopy(&mut self, session: &mut Session<'_>) -> Result<(), EngineError> {
+        session.prepare_scan()?;
+        let mut chunks = session.dirty()?;
+        loop {
+            let (copied, time) = session.round(&chunks)?;
+            self.report.precopied_bytes += copied;
+            self.report.precopy_rounds += 1;
+            self.report.copy_ms += ms(time);
+            self.refresh()?;
+            save::update(&mut session.ledger, &self.subjects);
+            chunks = session.dirty()?;
+            let dirty = (chunks.len() * crate::image::CHUNK) as u64;
+            tracing::info!(round = self.report.precopy_rounds, copied, dirty, ms = ms(time), "pre-copy");
+            if !plan::another_round(self.report.precopy_rounds, copied, dirty) {
+                return Ok(());
+            }
         }
+    }
+
+    /// Brings the tables up to date while the program runs.
+    fn refresh(&mut self) -> Result<(), EngineError> {
+        for subject in &mut self.subjects {
+            if let Some(library) = &subject.library {
+                let update = library.table(subject.generation)?;
+                subject.apply(update, self.wire)?;
+                subject.import(self.device.as_ref())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Allocates what is needed while the program stands still.
+    fn prepare_stop(&mut self, session: &mut Session<'_>, plan: CopyPlan) -> Result<(), EngineError> {
+        if session.ledger.unsaved().len() < session.ledger.all().len() {
+            session.prepare_scan()?;
+        }
+        if plan.spare {
+            let dirty = if plan.precopy || self.job.parent.is_some() { session.dirty()? } else { session.ledger.all() };
+            let dirty = save::bytes_by_gpu(&session.ledger, &dirty);
+            let demand = save::bytes_by_gpu(&session.ledger, &session.ledger.all());
+            let wanted = plan::spare_wanted(&demand, &dirty, &self.device.gpus()?, SPARE_RESERVE);
+            session.allocate_spare(&wanted)?;
+        }
+        Ok(())
     }
 
     /// Everything between the first gate's closing and the last one's opening (or the processes' end).
-    fn stand_still(&mut self, saver: &mut Saver<'_>, snapshot: bool) -> Result<(), EngineError> {
+    fn stand_still(&mut self, session: &mut Session<'_>) -> Result<(), EngineError> {
         self.park()?;
-        let device = self.device.clone();
-        let mut snapshot = snapshot;
-        if snapshot {
-            // Allocations that appeared since preflight.
-            for subject in &mut self.subjects {
-                if let Err(e) = allocate_snapshots(device.as_ref(), subject) {
-                    tracing::warn!(error = %e, "no room for a late part of the snapshot");
-                    snapshot = false;
+        save::update(&mut session.ledger, &self.subjects);
+        let leave_running = self.job.leave_running;
+        // The driver and CRIU save their parts while the memory is copied: they share no bytes. Only attaching waits,
+        // and without leave-running the dump, before which everything must be safe.
+        thread::scope(|scope| {
+            let mut copying = Some(scope.spawn(|| {
+                let quiesced = session.quiesce()?;
+                if !leave_running {
+                    // The last moment at which a full disk is harmless.
+                    session.sink().sync()?;
                 }
-            }
-            if !snapshot {
-                self.drop_snapshots("memory allocated late did not fit the snapshot");
-            }
-        }
-        let lock_timeout = self.job.timeouts.lock();
-        let wire = self.wire;
-        self.progress.step("driver checkpoint", 0);
-        let begin = Instant::now();
-        let (subjects, report, progress) = (&mut self.subjects, &mut self.report, self.progress);
-        for subject in subjects.iter_mut() {
-            subject.enter(wire, Phase::Detaching)?;
-        }
-        let mut processes: Vec<_> = subjects.iter().map(|s| s.kept.clone()).collect();
-        // The driver moves its own state to the host while the memory is copied: they share no bytes.
-        let (detached, copied) = thread::scope(|scope| {
-            let detach = scope.spawn(|| {
-                all(&mut processes, |process| {
-                    device.lock(process.pid, lock_timeout).map_err(|e| process.driver_error(e))?;
-                    device.checkpoint(process.pid).map_err(|e| process.driver_error(e))
-                })?;
-                Ok::<_, EngineError>(begin.elapsed())
-            });
-            let copied = if snapshot {
-                take_snapshot(device.as_ref(), subjects)
-            } else {
-                saver.copy(subjects, progress)
+                Ok::<_, EngineError>(quiesced)
+            }));
+            let mut join = || match copying.take().map(|t| t.join()) {
+                Some(Ok(result)) => result,
+                _ => Err(EngineError::Order("the copy thread panicked")),
             };
-            let panicked = || Err(EngineError::Order("the driver thread panicked"));
-            (detach.join().unwrap_or_else(|_| panicked()), copied)
-        });
-        report.driver_checkpoint_ms = ms(detached?);
-        let copied = copied?;
-        if snapshot {
-            report.snapshot_ms = ms(copied);
-        } else {
-            report.copy_ms = ms(copied);
-        }
-        if !self.job.leave_running {
-            // The last moment at which a full disk is harmless.
-            saver.sync()?;
-        }
-        self.dump()?;
-        if self.job.leave_running {
-            let woken = self.wake()?;
+            self.detach()?;
+            if !leave_running {
+                self.copied(join()?);
+                return self.dump();
+            }
+            self.dump()?;
+            let mut quiesced = None;
+            let woken = self.wake(|| quiesced = Some(join()))?;
             self.report.driver_restore_ms = ms(woken.driver);
             self.report.attach_ms = ms(woken.attach_wall);
+            self.copied(quiesced.unwrap_or(Err(EngineError::Order("the copy was not awaited")))?);
+            Ok(())
+        })
+    }
+
+    fn copied(&mut self, q: Quiesced) {
+        self.report.digest_ms = ms(q.digest);
+        self.report.snapshot_ms = ms(q.snapshot);
+        self.report.copy_ms += ms(q.copy);
+        self.report.dirty_bytes = q.dirty_bytes;
+        self.report.straight_bytes = q.straight_bytes;
+        if q.straight_bytes > 0 && self.job.leave_running {
+            self.report.warnings.push(format!(
+                "{} MiB found no room on the GPU and were copied out while the program stood still, in {:.0} ms",
+                q.straight_bytes >> 20,
+                ms(q.copy)
+            ));
         }
+    }
+
+    /// The driver moves its own state into the processes' host memory.
+    fn detach(&mut self) -> Result<(), EngineError> {
+        self.progress.step("driver checkpoint", 0);
+        let begin = Instant::now();
+        let (device, wire, progress) = (self.device.clone(), self.wire, self.progress);
+        let lock_timeout = self.job.timeouts.lock();
+        all(&mut self.subjects, |subject| {
+            subject.enter(wire, Phase::Detaching)?;
+            let process = &subject.kept;
+            device.lock(process.pid, lock_timeout).map_err(|e| process.driver_error(e))?;
+            device.checkpoint(process.pid).map_err(|e| process.driver_error(e))?;
+            progress.span("driver checkpoint", &process.to_string(), begin, begin.elapsed());
+            Ok(())
+        })?;
+        self.report.driver_checkpoint_ms = ms(begin.elapsed());
         Ok(())
     }
 
@@ -308,8 +384,16 @@ impl Checkpoint<'_> {
             let update = library.park(subject.generation, drain, PARK_LOW_STACK | PARK_PREFAULT)?;
             subject.apply(update, wire)
         })?;
+        let progress = self.progress;
         let timings = all(&mut self.subjects, |subject| match subject.library.take() {
-            Some(library) => Ok(library.taken()?),
+            Some(library) => {
+                let timings = library.taken()?;
+                let drained = Duration::from_micros(timings.drain_us);
+                let track = subject.kept.to_string();
+                progress.span("drain", &track, begin, drained);
+                progress.span("park", &track, begin + drained, begin.elapsed().saturating_sub(drained));
+                Ok(timings)
+            }
             None => Ok(Timings::default()),
         })?;
         let drain = Duration::from_micros(timings.iter().map(|t| t.drain_us).max().unwrap_or(0));
@@ -328,6 +412,7 @@ impl Checkpoint<'_> {
         let begin = Instant::now();
         self.lower = lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower())?;
         self.report.criu_ms = ms(begin.elapsed());
+        self.progress.span("CRIU", ENGINE, begin, begin.elapsed());
         if self.lower.status != 0 {
             return Err(EngineError::LowerFailed(self.lower.status));
         }
@@ -336,8 +421,8 @@ impl Checkpoint<'_> {
         Ok(())
     }
 
-    /// Brings every process back to running.
-    fn wake(&mut self) -> Result<Woken, EngineError> {
+    /// Brings every process back to running. `before_attach` is called once, before any of them can touch its memory.
+    fn wake(&mut self, before_attach: impl FnOnce()) -> Result<Woken, EngineError> {
         self.progress.step("wake", 0);
         if self.frozen {
             self.set_frozen(false)?;
@@ -349,44 +434,39 @@ impl Checkpoint<'_> {
             memory: s.pieces.iter().map(|p| (Entry::from(&p.held), p.fd.as_raw_fd())).collect(),
         };
         let sleepers = self.subjects.iter().filter(|s| s.kept.phase != Phase::Running).map(sleeper).collect();
-        let woken =
-            wake(self.device.as_ref(), self.control.as_ref(), sleepers, &self.job.timeouts, || Ok(()))?;
+        let ready = || {
+            before_attach();
+            Ok(())
+        };
+        let woken = wake(
+            self.device.as_ref(),
+            self.control.as_ref(),
+            sleepers,
+            &self.job.timeouts,
+            self.progress,
+            ready,
+        )?;
         for subject in &mut self.subjects {
             subject.enter(self.wire, Phase::Attached)?;
         }
         Ok(woken)
     }
 
-    fn copy_out(&mut self, saver: &mut Saver<'_>) -> Result<(), EngineError> {
-        self.report.copy_ms = ms(saver.copy(&self.subjects, self.progress)?);
+    /// The lower runtime's own pre-dump. What it cannot do, the next checkpoint does in full.
+    fn lower_pre_dump(&mut self) -> Result<(), EngineError> {
+        self.progress.step("dump", 0);
+        let begin = Instant::now();
+        let output = lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower())?;
+        self.report.criu_ms = ms(begin.elapsed());
+        self.progress.span("CRIU pre-dump", ENGINE, begin, begin.elapsed());
+        if output.status != 0 {
+            // Half a pre-dump is none: the next checkpoint must not build on it.
+            save::remove_criu_images(&self.job.image);
+            self.report.warnings.push(
+                "the lower runtime could not pre-dump the CPU side (see its log): the GPU side is saved, the next checkpoint writes the CPU side in full"
+                    .into(),
+            );
+        }
         Ok(())
     }
-}
-
-fn allocate_snapshots(device: &dyn Device, subject: &mut Subject) -> Result<(), EngineError> {
-    for piece in subject.pieces.iter_mut().filter(|p| p.snapshot.is_none()) {
-        let region = device
-            .allocate(GpuId(piece.held.device), piece.held.size)
-            .map_err(|e| subject.kept.driver_error(e))?;
-        piece.snapshot = Some(region);
-    }
-    Ok(())
-}
-
-/// Copies every piece inside its GPU; all GPUs at the same time.
-fn take_snapshot(device: &dyn Device, subjects: &[Subject]) -> Result<Duration, EngineError> {
-    let begin = Instant::now();
-    let mut streams = std::collections::BTreeMap::new();
-    for piece in subjects.iter().flat_map(|s| &s.pieces) {
-        let (Some(from), Some(to)) = (&piece.region, &piece.snapshot) else { continue };
-        let stream = match streams.entry(from.gpu) {
-            std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
-            std::collections::btree_map::Entry::Vacant(e) => e.insert(device.stream(from.gpu)?),
-        };
-        stream.copy_within(to.address, from.address, from.size)?;
-    }
-    for stream in streams.values_mut() {
-        stream.wait()?;
-    }
-    Ok(begin.elapsed())
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::save::{PIECE, Ring, lanes};
+use crate::copy::{PIECE, Ring, lane_count};
 use crate::device::{Device, Region, Stream};
 use crate::error::EngineError;
 use crate::image::{Extent, Image, Location};
@@ -18,7 +18,7 @@ pub fn load(device: &Arc<dyn Device>, image: &Image, regions: &[Region]) -> Resu
         work.extend(image.extents(allocation, PIECE).into_iter().map(|e| (i, e)));
     }
     let next = AtomicUsize::new(0);
-    let threads = lanes().min(work.len().max(1));
+    let threads = lane_count().min(work.len().max(1));
     thread::scope(|scope| {
         let threads: Vec<_> = (0..threads)
             .map(|_| {

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use phos_protocol::message::Entry;
 
 use super::folder;
-use super::save::{self, Saver};
+use super::save;
 use super::subject::{Piece, Subject};
 use super::wake::{Sleeper, wake};
+use crate::copy::{self, Ledger};
 use crate::device::Device;
 use crate::error::EngineError;
+use crate::image::ImageWriter;
 use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Held, KeptProcess, Outcome, Packet, Phase, Wire};
 use crate::lower;
@@ -96,7 +98,7 @@ fn bring_back(
     };
     let away = |p: &&KeptProcess| matches!(p.phase, Phase::Parking | Phase::Detaching);
     let sleepers = inherited.processes.iter().filter(away).map(sleeper).collect();
-    wake(device, control.as_ref(), sleepers, &job.timeouts, || Ok(()))?;
+    wake(device, control.as_ref(), sleepers, &job.timeouts, &Progress::default(), || Ok(()))?;
     for process in &inherited.processes {
         let process = KeptProcess { phase: Phase::Attached, ..process.clone() };
         wire.send(&Packet::Process(process), &[])?;
@@ -127,15 +129,19 @@ fn finish(
     let mut subjects: Vec<Subject> = inherited.processes.into_iter().map(Subject::new).collect();
     for (pid, held, fd) in inherited.memory {
         if let Some(subject) = subjects.iter_mut().find(|s| s.kept.pid == pid) {
-            subject.pieces.push(Piece { held, fd, region: None, snapshot: None });
+            subject.pieces.push(Piece { held, fd, region: None });
         }
     }
     subjects.iter_mut().try_for_each(|s| s.import(device))?;
     let mut report = CheckpointReport { processes: subjects.len() as u32, ..CheckpointReport::default() };
     report.warnings.push("the checkpoint worker was ended; another one finished the image".into());
-    let mut saver = Saver::prepare(device, &job.image)?;
-    saver.copy(&subjects, &Progress::default())?;
-    save::commit(saver, job, &subjects, &mut report)?;
+    let (lanes, progress) = (copy::lane_count(), Progress::default());
+    let mut ledger = Ledger::default();
+    save::update(&mut ledger, &subjects);
+    let writer = ImageWriter::create(&job.image, lanes)?;
+    let mut session = copy::Session::prepare(device, &progress, writer, lanes, ledger)?;
+    session.quiesce()?;
+    save::commit(device, session.finish(), None, job, &subjects, &mut report)?;
     folder::forget_earlier(&job.image);
     Ok(report)
 }

@@ -27,6 +27,7 @@ pub struct Restore {
     job: RestoreJob,
     image: Arc<Image>,
     regions: Arc<Vec<Region>>,
+    began: Instant,
     loading: JoinHandle<Result<Duration, EngineError>>,
 }
 
@@ -79,7 +80,7 @@ fn check(image: &Image, job: &RestoreJob, device: &dyn Device) -> Result<(), Eng
 impl Restore {
     /// Checks everything that could make the restore impossible, allocates, and begins to load.
     pub fn prepare(job: RestoreJob) -> Result<Self, EngineError> {
-        let image = Arc::new(Image::open(&job.image)?);
+        let image = Arc::new(Image::open_complete(&job.image)?);
         let device: Arc<dyn Device> = device::cuda::open()?;
         check(&image, &job, device.as_ref())?;
         let manifest = &image.manifest;
@@ -89,11 +90,12 @@ impl Restore {
             regions.push(device.allocate(gpu, a.size)?);
         }
         let regions = Arc::new(regions);
+        let began = Instant::now();
         let loading = {
             let (device, image, regions) = (device.clone(), image.clone(), regions.clone());
             std::thread::spawn(move || load(&device, &image, &regions))
         };
-        Ok(Restore { device, job, image, regions, loading })
+        Ok(Restore { device, job, image, regions, began, loading })
     }
 
     /// The lower runtime has rebuilt the processes, `init_pid` first: gives them their GPU state back.
@@ -141,10 +143,11 @@ impl Restore {
             false => None,
         };
         let mut load_time = Duration::ZERO;
-        let loading = self.loading;
-        let woken = wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, || {
+        let (loading, began) = (self.loading, self.began);
+        let woken = wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, progress, || {
             let panicked = |_| Err(EngineError::Order("the load thread panicked"));
             load_time = loading.join().unwrap_or_else(panicked)?;
+            progress.span("load", "copy", began, load_time);
             Ok(())
         })?;
         let ms = |d: Duration| d.as_secs_f64() * 1e3;
@@ -156,6 +159,7 @@ impl Restore {
             attach_ms: ms(woken.attach_wall),
             total_ms: ms(Instant::now() - progress.began()),
             warnings: manifest.warnings.clone(),
+            spans: progress.spans(),
         })
     }
 }

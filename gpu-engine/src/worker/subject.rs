@@ -17,8 +17,6 @@ pub struct Piece {
     pub fd: OwnedFd,
     /// Mapped here, once it has been needed.
     pub region: Option<Region>,
-    /// Its copy inside the GPU, if one was made.
-    pub snapshot: Option<Region>,
 }
 
 /// One GPU process.
@@ -57,7 +55,7 @@ impl Subject {
         }
         let added: Vec<_> = update.added.iter().map(|(e, fd)| (Held::from(e), fd.as_raw_fd())).collect();
         wire.hold(pid, &added)?;
-        let piece = |(e, fd)| Piece { held: Held::from(&e), fd, region: None, snapshot: None };
+        let piece = |(e, fd)| Piece { held: Held::from(&e), fd, region: None };
         self.pieces.extend(update.added.into_iter().map(piece));
         self.generation = update.generation;
         if self.pieces.len() as u64 != update.live {
@@ -83,6 +81,13 @@ impl Subject {
     /// Bytes of GPU memory in `pieces`.
     pub fn bytes(&self) -> u64 {
         self.pieces.iter().map(|p| p.held.size).sum()
+    }
+}
+
+/// As it stands in messages and timelines.
+impl std::fmt::Display for KeptProcess {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.command, self.pid)
     }
 }
 

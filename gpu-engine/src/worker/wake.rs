@@ -12,6 +12,7 @@ use crate::device::{Device, ProcessState};
 use crate::error::EngineError;
 use crate::job::Timeouts;
 use crate::keeper::wire::KeptProcess;
+use crate::progress::Progress;
 use crate::peer::{AttachListener, ControlDir, Library, PeerError};
 
 /// A process to bring back and the memory to give it.
@@ -63,6 +64,7 @@ pub fn wake(
     control: Option<&ControlDir>,
     mut sleepers: Vec<Sleeper>,
     timeouts: &Timeouts,
+    progress: &Progress,
     memory_ready: impl FnOnce() -> Result<(), EngineError>,
 ) -> Result<Woken, EngineError> {
     let begin = Instant::now();
@@ -70,7 +72,11 @@ pub fn wake(
     let mut woken = Woken::default();
     // The listener stands before the driver is done, so that no process waits for it.
     let listener = control.map(AttachListener::bind).transpose()?;
-    all(&mut sleepers, |s| restore_driver(device, &s.process))?;
+    all(&mut sleepers, |s| {
+        restore_driver(device, &s.process)?;
+        progress.span("driver restore", &s.process.to_string(), begin, begin.elapsed());
+        Ok(())
+    })?;
     woken.driver = begin.elapsed();
     memory_ready()?;
     let (Some(control), Some(listener)) = (control, listener) else { return Ok(woken) };
@@ -92,7 +98,11 @@ pub fn wake(
         }
     }
     let timings = all(&mut connected, |(library, sleeper)| match library.take() {
-        Some(library) => Ok(library.attach(&sleeper.memory)?),
+        Some(library) => {
+            let timings = library.attach(&sleeper.memory)?;
+            progress.span("attach", &sleeper.process.to_string(), attach_begin, attach_begin.elapsed());
+            Ok(timings)
+        }
         None => Ok(Timings::default()),
     })?;
     woken.attach_wall = attach_begin.elapsed();

@@ -18,6 +18,8 @@ pub fn find(name: &str) -> Option<Kernel> {
         "combine" => Some(combine),
         "count_generation" => Some(count_generation),
         "spin" => Some(spin),
+        "phos_digest" => Some(digest),
+        "phos_gather" => Some(gather),
         _ => None,
     }
 }
@@ -74,4 +76,42 @@ fn spin(args: &[u64]) -> Result<()> {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     Ok(())
+}
+
+/// Address of chunk `n` of a list in device memory.
+fn listed(space: &Space, list: u64, n: u64) -> Result<u64> {
+    // SAFETY: checked by `words`; addresses are two words, little-endian.
+    let pair = unsafe { &*words(space, list + n * 8, 2)? };
+    Ok(u64::from(pair[0]) | u64::from(pair[1]) << 32)
+}
+
+/// chunks.cu: digests of chunks, to page-locked host memory.
+fn digest(args: &[u64]) -> Result<()> {
+    let [base, list, count, out] = *args else { return Err(ILLEGAL_ADDRESS) };
+    for n in 0..count {
+        let digest = space::using(|s| {
+            let at = if list == 0 { base + n * phos_digest::CHUNK as u64 } else { listed(s, list, n)? };
+            // SAFETY: checked by `words`. A program may write here meanwhile, as on a GPU; what is read then is some mix.
+            let data = unsafe { &*words(s, at, phos_digest::CHUNK as u64 / 4)? };
+            // SAFETY: words are bytes.
+            Ok(phos_digest::digest(unsafe { data.align_to::<u8>() }.1))
+        })?;
+        // SAFETY: page-locked memory of at least 16 × `count` bytes, which lives as long as the kernel.
+        unsafe { ptr::write_unaligned((out + n * 16) as *mut [u8; 16], digest.to_bytes()) };
+    }
+    Ok(())
+}
+
+/// chunks.cu: chunks from a list of addresses to one place.
+fn gather(args: &[u64]) -> Result<()> {
+    let [list, count, to] = *args else { return Err(ILLEGAL_ADDRESS) };
+    let chunk = phos_digest::CHUNK as u64;
+    space::using(|s| {
+        for n in 0..count {
+            let from = listed(s, list, n)?;
+            // SAFETY: both checked by `words`; the engine gathers into memory of its own.
+            unsafe { (*words(s, to + n * chunk, chunk / 4)?).copy_from_slice(&*words(s, from, chunk / 4)?) };
+        }
+        Ok(())
+    })
 }

@@ -1,0 +1,26 @@
+//! The copy pipeline: which bytes are saved already, which are to be copied, and copying them.
+//!
+//! ```text
+//! Ledger   every chunk of all memory: digest and place of its saved bytes, if it has been saved        (pure)
+//! Scanner  digests of all chunks as they are now, computed on the GPUs
+//! Spare    memory on the GPUs that keeps chunks as they were when the program stood still
+//! Lanes    threads that move chunks to the image: GPU → page-locked buffers → files
+//! Session  one checkpoint: rounds while the program runs, what is left when it stands still, the drain
+//! ```
+//!
+//! While a program runs, a chunk is first copied to a staging slot on its GPU, and the slot is digested and copied out:
+//! whatever the program did meanwhile, the digest is that of the bytes which were saved. When the program stands still,
+//! a chunk whose digest is the saved one's is saved, and any other is copied again. So no write is missed, by whatever
+//! means it was made.
+
+mod lanes;
+mod ledger;
+mod scan;
+mod session;
+mod spare;
+
+pub use lanes::{Lanes, PIECE, Ring, lane_count};
+pub use ledger::{Block, BlockId, ChunkRef, Ledger};
+pub use scan::Scanner;
+pub use session::{Quiesced, Session};
+pub use spare::Spare;

@@ -1,0 +1,127 @@
+//! Digests of memory as it is now, and chunks gathered: lists of addresses that the GPUs work off.
+
+use std::collections::BTreeMap;
+
+use super::ledger::{ChunkRef, Ledger};
+use crate::device::{Chunks, Device, DeviceError, GpuId, Pinned, Region, Stream};
+use crate::image::{CHUNK, Digest};
+
+/// Bytes of an address in a list, and of a digest in a result.
+const ADDRESS: usize = 8;
+const DIGEST: usize = 16;
+
+/// One GPU's list.
+struct List {
+    // Dropped first: that ends what the stream was given to do.
+    stream: Box<dyn Stream>,
+    addresses: Box<dyn Pinned>,
+    on_gpu: Region,
+    digests: Box<dyn Pinned>,
+    capacity: usize,
+}
+
+impl List {
+    fn allocate(device: &dyn Device, gpu: GpuId, capacity: usize) -> Result<Self, DeviceError> {
+        let capacity = capacity.max(1);
+        Ok(List {
+            stream: device.stream(gpu)?,
+            addresses: device.pinned(capacity * ADDRESS)?,
+            on_gpu: device.allocate(gpu, (capacity * ADDRESS) as u64)?,
+            digests: device.pinned(capacity * DIGEST)?,
+            capacity,
+        })
+    }
+
+    /// Begins to bring the addresses to the GPU.
+    fn upload(&mut self, addresses: &[u64]) -> Result<(), DeviceError> {
+        let bytes = self.addresses.bytes_mut();
+        for (slot, address) in bytes.chunks_exact_mut(ADDRESS).zip(addresses) {
+            slot.copy_from_slice(&address.to_le_bytes());
+        }
+        let len = addresses.len() * ADDRESS;
+        self.stream.copy_in(self.on_gpu.address, self.addresses.as_mut(), 0, len)
+    }
+}
+
+/// Works off lists of chunks on every GPU at the same time.
+#[derive(Default)]
+pub struct Scanner {
+    lists: BTreeMap<GpuId, List>,
+}
+
+/// Address lists by GPU, and for each chunk its GPU.
+fn by_gpu(ledger: &Ledger, chunks: &[ChunkRef]) -> (BTreeMap<GpuId, Vec<u64>>, Vec<GpuId>) {
+    let (mut lists, mut gpus) = (BTreeMap::<GpuId, Vec<u64>>::new(), Vec::with_capacity(chunks.len()));
+    for chunk in chunks {
+        let Some(block) = ledger.block(chunk.block) else { continue };
+        lists.entry(block.gpu).or_default().push(block.chunk_address(chunk.chunk));
+        gpus.push(block.gpu);
+    }
+    (lists, gpus)
+}
+
+impl Scanner {
+    /// Makes room for lists of all chunks of `ledger` and an eighth more, before the program is stopped.
+    pub fn prepare(&mut self, device: &dyn Device, ledger: &Ledger) -> Result<(), DeviceError> {
+        let mut counts = BTreeMap::<GpuId, usize>::new();
+        for block in ledger.blocks().values() {
+            *counts.entry(block.gpu).or_default() += block.chunks.len();
+        }
+        for (gpu, count) in counts {
+            self.list(device, gpu, count + count / 8, count)?;
+        }
+        Ok(())
+    }
+
+    /// The GPU's list with room for `least`; if it has to be made, with room for `want`.
+    fn list(&mut self, device: &dyn Device, gpu: GpuId, want: usize, least: usize) -> Result<&mut List, DeviceError> {
+        if self.lists.get(&gpu).is_none_or(|l| l.capacity < least) {
+            self.lists.insert(gpu, List::allocate(device, gpu, want.max(least))?);
+        }
+        self.lists.get_mut(&gpu).ok_or(DeviceError::NoSuchGpu(gpu))
+    }
+
+    /// Digests of every chunk of `ledger`, in the order of [`Ledger::all`].
+    pub fn digests(&mut self, device: &dyn Device, ledger: &Ledger) -> Result<Vec<Digest>, DeviceError> {
+        let (lists, gpus) = by_gpu(ledger, &ledger.all());
+        for (gpu, addresses) in &lists {
+            let list = self.list(device, *gpu, addresses.len(), addresses.len())?;
+            list.upload(addresses)?;
+            let chunks = Chunks::List(list.on_gpu.address);
+            list.stream.digest(chunks, addresses.len() as u64, list.digests.as_mut(), 0)?;
+        }
+        for gpu in lists.keys() {
+            if let Some(list) = self.lists.get_mut(gpu) {
+                list.stream.wait()?;
+            }
+        }
+        let mut results: BTreeMap<_, _> =
+            self.lists.iter().map(|(gpu, list)| (gpu, list.digests.bytes().chunks_exact(DIGEST))).collect();
+        let next = |gpu: &GpuId| {
+            let bytes = results.get_mut(gpu).and_then(Iterator::next)?;
+            Some(Digest::from_bytes(std::array::from_fn(|i| bytes[i])))
+        };
+        Ok(gpus.iter().map_while(next).collect())
+    }
+
+    /// Copies chunks, all of one GPU, to the places given: each place takes the number of chunks that goes with it.
+    /// Returns when they are there.
+    pub fn gather(
+        &mut self,
+        device: &dyn Device,
+        gpu: GpuId,
+        addresses: &[u64],
+        places: &[(u64, usize)],
+    ) -> Result<(), DeviceError> {
+        let list = self.list(device, gpu, addresses.len(), addresses.len())?;
+        list.upload(addresses)?;
+        let mut done = 0;
+        for (place, room) in places {
+            let count = (*room).min(addresses.len() - done);
+            list.stream.gather(list.on_gpu.address + (done * ADDRESS) as u64, count as u64, *place)?;
+            done += count;
+        }
+        debug_assert_eq!(done, addresses.len(), "{} chunks, room for {done} × {CHUNK}", addresses.len());
+        list.stream.wait()
+    }
+}

@@ -1,0 +1,162 @@
+//! The copying of one checkpoint: rounds while the program runs, what is left when it stands still, and the drain.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use super::lanes::Lanes;
+use super::ledger::{ChunkRef, Ledger};
+use super::scan::Scanner;
+use super::spare::Spare;
+use crate::device::{Device, DeviceError, GpuId};
+use crate::error::EngineError;
+use crate::image::{CHUNK, Sink};
+use crate::progress::Progress;
+
+/// Name of the copying in timelines.
+const TRACK: &str = "copy";
+
+/// What happened to the memory while the program stood still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Quiesced {
+    /// Finding out what differs from what is saved.
+    pub digest: Duration,
+    /// Copying it to spare memory.
+    pub snapshot: Duration,
+    /// Copying straight out what found no room there.
+    pub copy: Duration,
+    /// Bytes that differed.
+    pub dirty_bytes: u64,
+    /// Bytes copied straight out.
+    pub straight_bytes: u64,
+}
+
+/// One checkpoint's memory, buffers and sink. Everything slow to set up exists before the program is stopped.
+pub struct Session<'a, S: Sink> {
+    device: &'a dyn Device,
+    progress: &'a Progress,
+    sink: S,
+    lanes: Lanes<'a>,
+    scanner: Scanner,
+    spare: Spare,
+    /// What is saved. Add and remove allocations here as the program does.
+    pub ledger: Ledger,
+}
+
+fn bytes(chunks: &[ChunkRef]) -> u64 {
+    (chunks.len() * CHUNK) as u64
+}
+
+impl<'a, S: Sink> Session<'a, S> {
+    /// Allocates the buffers of `lanes` threads.
+    pub fn prepare(
+        device: &'a dyn Device,
+        progress: &'a Progress,
+        sink: S,
+        lanes: usize,
+        ledger: Ledger,
+    ) -> Result<Self, DeviceError> {
+        let lanes = Lanes::allocate(device, lanes)?;
+        Ok(Session {
+            device,
+            progress,
+            sink,
+            lanes,
+            scanner: Scanner::default(),
+            spare: Spare::default(),
+            ledger,
+        })
+    }
+
+    /// Allocates spare memory for the time when the program stands still: see [`Spare::allocate`]. Returns its bytes.
+    pub fn allocate_spare(&mut self, wanted: &BTreeMap<GpuId, u64>) -> Result<u64, DeviceError> {
+        self.spare = Spare::allocate(self.device, wanted)?;
+        Ok(self.spare.bytes())
+    }
+
+    /// Makes the lists for [`Session::dirty`] before the program is stopped.
+    pub fn prepare_scan(&mut self) -> Result<(), DeviceError> {
+        self.scanner.prepare(self.device, &self.ledger)
+    }
+
+    /// The chunks whose bytes differ from what is saved of them, at this moment.
+    pub fn dirty(&mut self) -> Result<Vec<ChunkRef>, DeviceError> {
+        let digests = self.scanner.digests(self.device, &self.ledger)?;
+        Ok(self.ledger.dirty(&digests))
+    }
+
+    /// The share of all chunks that change within `window`; 0 if there are none.
+    pub fn changing(&mut self, window: Duration) -> Result<f64, DeviceError> {
+        let before = self.scanner.digests(self.device, &self.ledger)?;
+        std::thread::sleep(window);
+        let after = self.scanner.digests(self.device, &self.ledger)?;
+        let changed = before.iter().zip(&after).filter(|(a, b)| a != b).count();
+        Ok(changed as f64 / before.len().max(1) as f64)
+    }
+
+    /// Copies chunks while the program runs. Returns the bytes copied and the time it took.
+    pub fn round(&mut self, chunks: &[ChunkRef]) -> Result<(u64, Duration), EngineError> {
+        let gpus: Vec<_> = self.ledger.blocks().values().map(|b| b.gpu).collect();
+        self.lanes.stage_on(&gpus)?;
+        self.progress.step("pre-copy", bytes(chunks));
+        let begin = Instant::now();
+        let time = self.lanes.copy_staged(&self.sink, &mut self.ledger, chunks, self.progress)?;
+        self.progress.span("pre-copy", TRACK, begin, time);
+        Ok((bytes(chunks), time))
+    }
+
+    /// The program stands still: what differs from what is saved goes to spare memory, and what finds no room there
+    /// straight out.
+    pub fn quiesce(&mut self) -> Result<Quiesced, EngineError> {
+        let begin = Instant::now();
+        let all = self.ledger.all();
+        let nothing_saved = self.ledger.unsaved().len() == all.len();
+        let dirty = if nothing_saved { all } else { self.dirty()? };
+        let digest = if nothing_saved { Duration::ZERO } else { begin.elapsed() };
+        if !nothing_saved {
+            self.progress.span("digest", TRACK, begin, digest);
+        }
+        Ok(Quiesced { digest, ..self.take(&dirty)? })
+    }
+
+    /// The second half of [`Session::quiesce`], for the chunks given.
+    pub fn take(&mut self, dirty: &[ChunkRef]) -> Result<Quiesced, EngineError> {
+        let begin = Instant::now();
+        let left = self.spare.take(self.device, &mut self.scanner, &self.ledger, dirty)?;
+        let snapshot = begin.elapsed();
+        if left.len() < dirty.len() {
+            self.progress.span("snapshot", TRACK, begin, snapshot);
+        }
+        let mut quiesced = Quiesced {
+            snapshot,
+            dirty_bytes: bytes(dirty),
+            straight_bytes: bytes(&left),
+            ..Quiesced::default()
+        };
+        if !left.is_empty() {
+            let begin = Instant::now();
+            quiesced.copy = self.lanes.copy(&self.sink, &mut self.ledger, &left, self.progress)?;
+            self.progress.span("copy straight out", TRACK, begin, quiesced.copy);
+        }
+        Ok(quiesced)
+    }
+
+    /// Copies what is in spare memory to the sink, while the program runs again.
+    pub fn drain(&mut self) -> Result<Duration, EngineError> {
+        let (chunks, _) = self.spare.batches(1);
+        self.progress.step("copy", bytes(&chunks));
+        let begin = Instant::now();
+        let time = self.lanes.copy_spare(&self.sink, &mut self.ledger, &self.spare, self.progress)?;
+        self.progress.span("drain", TRACK, begin, time);
+        Ok(time)
+    }
+
+    /// Where the chunks go.
+    pub fn sink(&self) -> &S {
+        &self.sink
+    }
+
+    /// Gives back all buffers and spare memory.
+    pub fn finish(self) -> (S, Ledger) {
+        (self.sink, self.ledger)
+    }
+}
