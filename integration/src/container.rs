@@ -190,12 +190,32 @@ impl Container<'_> {
 
     /// Checkpoints it, whatever comes of it.
     pub fn try_checkpoint(&self, name: &str, leave_running: bool) -> Result<Ended> {
+        self.try_checkpoint_with(name, if leave_running { &["--leave-running"] } else { &[] })
+    }
+
+    /// Checkpoints it with more flags, whatever comes of it.
+    pub fn try_checkpoint_with(&self, name: &str, more: &[&str]) -> Result<Ended> {
         let flags = self.image_flags(name)?;
         let mut words: Vec<&str> = flags.iter().map(String::as_str).collect();
-        if leave_running {
-            words.push("--leave-running");
-        }
+        words.extend(more);
         self.try_verb("checkpoint", &words)
+    }
+
+    /// Checkpoints it with more flags; the report comes back.
+    pub fn checkpoint_with(&self, name: &str, more: &[&str]) -> Result<serde_json::Value> {
+        let ended = self.try_checkpoint_with(name, more)?;
+        if ended.status != 0 {
+            bail!("checkpoint ended with {}: {}\n{}", ended.status, ended.text, self.logs());
+        }
+        self.place.report()
+    }
+
+    /// Sets an annotation, before it is created.
+    pub fn annotate(&self, name: &str, value: &str) -> Result<()> {
+        let config = self.bundle.path.join("config.json");
+        let mut spec: serde_json::Value = serde_json::from_slice(&fs::read(&config)?)?;
+        spec["annotations"][name] = value.into();
+        Ok(fs::write(&config, serde_json::to_vec(&spec)?)?)
     }
 
     /// Checkpoints it.

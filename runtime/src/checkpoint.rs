@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 use std::{env, io};
 
@@ -66,7 +66,14 @@ pub fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
 fn parent(args: &Args, image: &Path) -> Result<(Option<String>, Args)> {
     let lower = args.without(TRACE);
     let Some(named) = args.value("parent-path").filter(|p| !p.is_empty()) else { return Ok((None, lower)) };
-    let folder = image.join(named);
+    // The image's folder need not exist yet, so `..` is resolved by name, as the lower runtime does.
+    let mut folder = image.to_path_buf();
+    for part in Path::new(named).components() {
+        match part {
+            Component::ParentDir => drop(folder.pop()),
+            part => folder.push(part),
+        }
+    }
     if Path::new(named).is_absolute() || !Image::exists(&folder) {
         // The lower runtime's to judge: it knows the flag's rules, and such a folder may be its own pre-dump.
         return Ok((None, lower));

@@ -1,0 +1,110 @@
+//! The ways in which memory can be copied, and images that build on earlier ones.
+
+use std::fs;
+
+use anyhow::Result;
+use phos_integration::container::{Container, Place};
+use phos_integration::sandbox::sandboxed;
+use phos_integration::tools::Tools;
+
+fn started<'a>(place: &'a Place, options: &[&str], strategy: &str) -> Result<Container<'a>> {
+    let container = place.sample(options)?;
+    container.annotate("phos.strategy", strategy)?;
+    container.start()?;
+    container.steps(3)?;
+    Ok(container)
+}
+
+/// The way from an image back to a running program whose state is right.
+fn comes_back(container: &Container<'_>, name: &str) -> Result<()> {
+    container.try_verb("delete", &["--force"])?;
+    let _ = fs::remove_file(container.status_file());
+    container.restore(name)?;
+    container.steps(5)?;
+    Ok(())
+}
+
+fn each_strategy(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    for (strategy, precopied, snapshot) in [("precopy", true, true), ("snapshot", false, true), ("stop", false, false)] {
+        let container = started(&place, &["--mib", "40"], strategy)?;
+        let report = container.checkpoint_with("running", &["--leave-running"])?;
+        assert_eq!(report["precopy_rounds"].as_u64() > Some(0), precopied, "{strategy}: {report}");
+        assert_eq!(report["straight_bytes"].as_u64() == Some(0), snapshot, "{strategy}: {report}");
+        assert_eq!(report["digest_ms"].as_f64() > Some(0.0), precopied, "{strategy}: {report}");
+        container.steps(3)?;
+        let report = container.checkpoint_with("stopped", &[])?;
+        assert_eq!(report["precopy_rounds"].as_u64() > Some(0), precopied, "{strategy}: {report}");
+        comes_back(&container, "stopped")?;
+        comes_back(&container, "running")?;
+        container.try_verb("delete", &["--force"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn each_strategy_saves_the_state() {
+    sandboxed("each_strategy_saves_the_state", |tools| each_strategy(tools).unwrap());
+}
+
+fn incremental(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    // A step takes long enough that nothing changes between two checkpoints, and a checkpoint without its parent can be
+    // told from one with it.
+    let container = started(&place, &["--mib", "40", "--step-ms", "700"], "auto")?;
+    let parent = |name: &str| format!("../{}.{name}", container.id);
+    let whole = container.checkpoint_with("1", &["--leave-running"])?;
+    let (mut least, mut last) = (u64::MAX, String::from("1"));
+    for name in ["2", "3", "4"] {
+        let report = container.checkpoint_with(name, &["--leave-running", "--parent-path", &parent(&last)])?;
+        least = least.min(report["written_bytes"].as_u64().unwrap_or(u64::MAX));
+        last = name.into();
+    }
+    let whole = whole["written_bytes"].as_u64().unwrap_or(0);
+    assert!(least * 10 < whole, "at best {least} bytes of {whole}");
+    container.steps(1)?;
+    let text = container.place.command(&container.runtime, &["inspect", "--verify", &container.image("4").display().to_string()], false)?;
+    assert!(text.text.contains("parent"), "{}", text.text);
+    comes_back(&container, "4")?;
+    // Without the image it builds on, it is refused, and nothing is started.
+    container.try_verb("delete", &["--force"])?;
+    fs::rename(container.image("2"), container.image("elsewhere"))?;
+    assert_ne!(container.try_restore("4")?.status, 0);
+    let error = container.last_error()?;
+    assert!(error.contains("builds on the image") && error.contains("is not there"), "{error}");
+    fs::rename(container.image("elsewhere"), container.image("2"))?;
+    comes_back(&container, "4")
+}
+
+#[test]
+fn an_incremental_image_holds_only_what_changed() {
+    sandboxed("an_incremental_image_holds_only_what_changed", |tools| incremental(tools).unwrap());
+}
+
+fn pre_dumped(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let container = started(&place, &["--mib", "40"], "auto")?;
+    let report = container.checkpoint_with("base", &["--pre-dump"])?;
+    assert!(report["precopied_bytes"].as_u64() >= Some(40 << 20), "{report}");
+    assert_eq!(report["pause_ms"], 0.0, "a pre-dump stops nothing");
+    container.steps(3)?;
+    let parent = format!("../{}.base", container.id);
+    let timeline = place.path("timeline.json");
+    let trace = timeline.display().to_string();
+    container.checkpoint_with("whole", &["--trace", &trace, "--parent-path", &parent])?;
+    let events: serde_json::Value = serde_json::from_slice(&fs::read(&timeline)?)?;
+    for name in ["drain", "park", "digest", "driver checkpoint", "CRIU", "commit"] {
+        let named = |e: &serde_json::Value| e["name"] == name && e["dur"].as_f64().is_some();
+        assert!(events.as_array().is_some_and(|a| a.iter().any(named)), "{name} is missing in {events}");
+    }
+    container.try_verb("delete", &["--force"])?;
+    assert_ne!(container.try_restore("base")?.status, 0);
+    let error = container.last_error()?;
+    assert!(error.contains("is a pre-dump"), "{error}");
+    comes_back(&container, "whole")
+}
+
+#[test]
+fn a_pre_dump_is_completed_by_a_checkpoint() {
+    sandboxed("a_pre_dump_is_completed_by_a_checkpoint", |tools| pre_dumped(tools).unwrap());
+}
