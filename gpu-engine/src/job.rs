@@ -152,6 +152,8 @@ pub struct CheckpointReport {
     pub processes: u32,
     /// Bytes of GPU memory in the image's allocations.
     pub gpu_bytes: u64,
+    /// Bytes of GPU memory that the libraries know of and cannot park: the driver saves them.
+    pub driver_bytes: u64,
     /// Bytes written to the GPU image files (zero chunks take none).
     pub written_bytes: u64,
     /// Gate closed to GPU idle, slowest process, milliseconds.

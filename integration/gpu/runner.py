@@ -3,14 +3,15 @@
 Python, but no packages. Results are JSON lines in the form that integration/results/ keeps; a table is printed last.
 
   runner.py torch [--gb 20] [--gb 2] [--plain]   PyTorch in a container: pause, restore, bit-identical or not
+  runner.py models [--model M]... [--plain]      models in the shapes people run: the same, and incremental images
+  runner.py matrix [--mode M]...                 frameworks and modes: bytes parked, bit-identical or not
   runner.py overhead                             steps per second with and without libphos.so
+  runner.py copy                                 the copy pipeline by itself: digests, snapshot, rates to tmpfs and disk
 
 Standard library only. Everything it makes lies below /run/phos-bench and is removed at the end.
 """
 import argparse
-import ctypes
 import datetime
-import glob
 import json
 import os
 import shutil
@@ -20,179 +21,7 @@ import subprocess
 import sys
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-BIN = os.path.join(HERE, "bin")
-WORK = "/run/phos-bench"
-OUT = os.environ.get("OUT", HERE)
-DRIVER = "/usr/local/nvidia"
-PYTHON = shutil.which("python3")
-ENV = dict(os.environ, PATH=BIN + ":" + os.environ["PATH"], PHOS_STATE_DIR=WORK + "/state", PHOS_CRIU=BIN + "/criu",
-           PHOS_LOWER_RUNTIME=BIN + "/runc", PHOS_LIB_DIR=BIN, PHOS_CONFIG="/nonexistent", CRIU_LIBS_DIR=WORK + "/no-plugins")
-rows = []
-
-
-def log(text):
-    print(f"[{time.monotonic() - START:7.1f}] {text}", flush=True)
-
-
-def result(bench, workload, system, metric, value, n=1, stat="single", note=""):
-    rows.append(dict(bench=bench, workload=workload, system=system, metric=metric, value=round(float(value), 3), stat=stat,
-                     n=n, device=GPU["name"], driver=GPU["driver"], commit=COMMIT,
-                     date=datetime.date.today().isoformat(), note=note))
-
-
-def run(*words, timeout=300, check=True, env=ENV, detached=False, **more):
-    # A detached container inherits these streams: it must neither hold a pipe of ours open nor a deleted file.
-    output = subprocess.DEVNULL if detached else subprocess.PIPE
-    done = subprocess.run(words, env=env, timeout=timeout, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True, **more)
-    if check and done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: status {done.returncode}: {(done.stderr or '').strip()[-2000:]}")
-    return done
-
-
-def setup():
-    shutil.rmtree(WORK, ignore_errors=True)
-    os.makedirs(WORK)
-    run("mount", "-t", "tmpfs", "-o", "size=115g,mode=755", "tmpfs", WORK)
-    for d in ("upper", "over", "rootfs", "state", "out", "images", "no-plugins"):
-        os.makedirs(f"{WORK}/{d}")
-    run("mount", "-t", "overlay", "-o", f"lowerdir=/,upperdir={WORK}/upper,workdir={WORK}/over", "overlay", f"{WORK}/rootfs")
-    for library in ("libseccomp.so.2",):
-        if not any(os.path.exists(f"{d}/{library}") for d in ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu")):
-            shutil.copy(f"{BIN}/../lib/{library}", "/usr/lib/x86_64-linux-gnu/")
-
-
-def teardown():
-    for path in (f"{WORK}/rootfs", WORK):
-        subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL)
-    shutil.rmtree(WORK, ignore_errors=True)
-
-
-def spec(command, annotations):
-    devices, rules = [], [{"allow": False, "access": "rwm"}]
-    for path in filter(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")):
-        st = os.stat(path)
-        major, minor = os.major(st.st_rdev), os.minor(st.st_rdev)
-        devices.append(dict(path=path, type="c", major=major, minor=minor, fileMode=0o666, uid=0, gid=0))
-        rules.append(dict(allow=True, type="c", major=major, minor=minor, access="rwm"))
-    caps = [f"CAP_{c}" for c in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID", "SYS_ADMIN", "SYS_PTRACE", "KILL")]
-    env = [f"PATH={os.environ['PATH']}", f"LD_LIBRARY_PATH={DRIVER}/lib64", "HOME=/root", "CUBLAS_WORKSPACE_CONFIG=:4096:8"]
-    plain = ["nosuid", "noexec", "nodev"]
-    return {
-        "ociVersion": "1.0.2",
-        "process": {"terminal": False, "user": {"uid": 0, "gid": 0}, "args": command, "env": env, "cwd": "/",
-                    "capabilities": {k: caps for k in ("bounding", "effective", "permitted")},
-                    "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 20000, "soft": 20000}]},
-        "root": {"path": f"{WORK}/rootfs", "readonly": False},
-        "hostname": "phos",
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
-            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": plain + ["mode=1777", "size=1g"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": plain + ["ro"]},
-            {"destination": DRIVER, "type": "bind", "source": DRIVER, "options": ["rbind", "ro"]},
-            {"destination": "/out", "type": "bind", "source": f"{WORK}/out", "options": ["bind", "rw"]},
-            {"destination": "/bundle", "type": "bind", "source": HERE, "options": ["bind", "ro"]},
-        ],
-        "linux": {"namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts")], "devices": devices,
-                  "resources": {"devices": rules}, "cgroupsPath": "/phos-bench"},
-        "annotations": annotations,
-    }
-
-
-class Container:
-    """A container of `torch_steps.py` under phos-runc, or under runc alone."""
-
-    def __init__(self, name, gb, plain=False):
-        self.name, self.plain = name, plain
-        self.program = f"{BIN}/runc" if plain else f"{BIN}/phos-runc"
-        self.bundle, self.log = f"{WORK}/{name}", f"{WORK}/out/{name}.log"
-        os.makedirs(self.bundle)
-        command = [PYTHON, "/bundle/workloads/torch_steps.py", "--gb", str(gb), "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
-        with open(f"{self.bundle}/config.json", "w") as f:
-            json.dump(spec(command, {}), f)
-
-    def runc(self, *words, **more):
-        more.setdefault("env", dict(ENV, PHOS_REPORT=f"{WORK}/report.json"))
-        return run(self.program, "--root", f"{WORK}/runc", "--log", f"{WORK}/{self.name}.runc.log", *words, **more)
-
-    def start(self):
-        # Detached, with nothing of ours as its streams.
-        self.runc("run", "--detach", "--bundle", self.bundle, self.name, detached=True)
-        log(f"{self.name} started")
-
-    def steps(self):
-        try:
-            with open(self.log) as f:
-                lines = [line.split() for line in f if line.endswith("\n")]
-        except FileNotFoundError:
-            return []
-        return [(int(a), b, int(c)) for a, b, c in lines]
-
-    def wait_steps(self, more, limit=120):
-        have = len(self.steps())
-        end = time.monotonic() + limit
-        while len(self.steps()) < have + more:
-            if time.monotonic() > end:
-                raise RuntimeError(f"{self.name} makes no steps: {self.runc('state', self.name, check=False).stdout}")
-            time.sleep(0.05)
-
-    def pid(self):
-        return json.loads(self.runc("state", self.name).stdout)["pid"]
-
-    def checkpoint(self, image, leave_running):
-        words = ["checkpoint", "--image-path", image, "--work-path", image + ".work"]
-        os.makedirs(image + ".work")
-        self.runc(*words, *(["--leave-running"] if leave_running else []), self.name)
-
-    def restore(self, image):
-        self.runc("restore", "--detach", "--bundle", self.bundle, "--image-path", image, "--work-path", image + ".work", self.name, detached=True)
-
-    def report(self):
-        with open(f"{WORK}/report.json") as f:
-            return json.load(f)
-
-    def stop(self):
-        open(f"{WORK}/out/{self.name}.stop", "w").close()
-        for _ in range(200):
-            if json.loads(self.runc("state", self.name, check=False).stdout or '{"status":"stopped"}').get("status") == "stopped":
-                break
-            time.sleep(0.05)
-        self.runc("delete", "--force", self.name, check=False)
-
-
-def longest_gap(steps, since_ns):
-    """Longest time between two steps of which the later came after `since_ns`, in ms."""
-    return max(((b[2] - a[2]) / 1e6 for a, b in zip(steps, steps[1:]) if b[2] > since_ns), default=0)
-
-
-class Driver:
-    """The driver's own checkpoint calls, from a helper process that has a driver of its own."""
-
-    def __init__(self):
-        self.process = subprocess.Popen([PYTHON, os.path.abspath(__file__), "driver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout.readline().strip() == "0"
-
-    def call(self, verb, pid):
-        self.process.stdin.write(f"{verb} {pid}\n")
-        self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
-        if code:
-            raise RuntimeError(f"cuCheckpointProcess{verb}: CUDA error {code}")
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait(20)
-
-
-def serve_driver():
-    cuda = ctypes.CDLL(f"{DRIVER}/lib64/libcuda.so.1")
-    print(cuda.cuInit(0), flush=True)
-    for line in sys.stdin:
-        verb, pid = line.split()
-        args = (ctypes.c_uint64 * 8)(10000)  # CUcheckpointLockArgs: timeoutMs, then zeros
-        print(getattr(cuda, "cuCheckpointProcess" + verb)(int(pid), args if verb == "Lock" else None), flush=True)
+from harness import BIN, COMMIT, HERE, OUT, PYTHON, WORK, Container, Driver, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown
 
 
 def compare(steps, reference):
@@ -208,60 +37,160 @@ def compare(steps, reference):
     return int(not wrong), len(pairs)
 
 
-def reference(gb, steps):
-    path = f"{WORK}/out/reference-{gb}.log"
-    run(PYTHON, f"{HERE}/workloads/torch_steps.py", "--gb", str(gb), "--steps", str(steps), "--out", path, env=dict(os.environ), timeout=180)
+def reference(box, steps):
+    """The same workload without any container, for as many steps."""
+    path = f"{WORK}/out/reference-{box.name}.log"
+    env = dict(os.environ, **dict(e.split("=", 1) for e in box.env))
+    run(PYTHON, f"{HERE}/workloads/{box.workload[0]}", *box.workload[1:], "--steps", str(steps), "--out", path, env=env, timeout=280)
     with open(path) as f:
         return [(int(a), b, int(c)) for a, b, c in map(str.split, f)]
 
 
-def phos(gb, count):
-    name = f"torch-{gb:g}g"
-    box = Container(name, gb)
-    box.start()
-    box.wait_steps(60)
-    pauses = []
-    for i in range(count):
-        image = f"{WORK}/images/{name}-{i}"
-        before = time.monotonic_ns()
-        box.checkpoint(image, True)
-        box.wait_steps(30)
-        gap = longest_gap(box.steps(), before)
-        report = box.report()
-        pauses.append((gap, report))
-        log(f"{name} leave-running {i}: pause {gap:.0f} ms  " + " ".join(f"{k[:-3]} {v:.0f}" for k, v in report.items() if k.endswith("_ms")))
-        result("pause", name, "phos-runc", "pause_ms", gap, note=f"leave-running {i}")
+def rate(steps, begin, end):
+    """Steps per second between two times in ns."""
+    inside = [t for _, _, t in steps if begin <= t <= end]
+    return (len(inside) - 1) / ((inside[-1] - inside[0]) / 1e9) if len(inside) > 2 else None
+
+
+def leave_running(box, workload, i, more=(), settle=30, keep=False):
+    """One checkpoint of a running container; its figures, and the image."""
+    image = f"{WORK}/images/{box.name}-{i}"
+    before = time.monotonic_ns()
+    usual = rate(box.steps(), before - 4_000_000_000, before)
+    box.checkpoint(image, True, *more)
+    after = time.monotonic_ns()
+    box.wait_steps(settle)
+    steps, report = box.steps(), box.report()
+    gap = longest_gap(steps, before)
+    spans = report.pop("spans")
+    log(f"{box.name} leave-running {i}: pause {gap:.0f} ms  " + " ".join(f"{k[:-3]} {v:.0f}" for k, v in report.items() if k.endswith("_ms"))
+        + "  " + " ".join(f"{k[:-6]} {report[k] / 1e9:.2f} GB" for k in ("gpu_bytes", "written_bytes", "precopied_bytes", "dirty_bytes", "straight_bytes")))
+    for w in report["warnings"]:
+        log(f"  {w}")
+    # While the image is written and the program runs again: from the end of the longest gap to the command's end.
+    gap_end = max(((b[2] - a[2], b[2]) for a, b in zip(steps, steps[1:]) if b[2] > before))[1]
+    during = rate(steps, gap_end, after)
+    if usual and during:
+        result("copy", workload, "phos-runc", "app_rate_during", during / usual, note="while the image is written, fraction of before")
+        log(f"  steps/s before {usual:.2f}, while the image is written {during:.2f}")
+    if not keep:
         shutil.rmtree(image)
-    for metric, keys in (("gpu_pause_ms", ("snapshot_ms", "park_ms", "attach_ms")), ("driver_ms", ("driver_checkpoint_ms", "driver_restore_ms")), ("criu_ms", ("criu_ms",))):
-        result("pause", name, "phos-runc", metric, statistics.median(sum(r[k] for k in keys) for _, r in pauses), len(pauses), "median")
-    result("pause", name, "phos-runc", "pause_ms", statistics.median(p for p, _ in pauses), len(pauses), "median")
-    copied = statistics.median(r["gpu_bytes"] / 1e6 / r["copy_ms"] for _, r in pauses)
-    result("copy", name, "phos-runc", "copy_gb_s", copied, len(pauses), "median", "tmpfs")
-    image = f"{WORK}/images/{name}-stop"
-    box.checkpoint(image, False)
+    return gap, report, image
+
+
+def figures(workload, pauses):
+    """The medians of some checkpoints."""
+    for metric, keys in (("gpu_pause_ms", ("digest_ms", "snapshot_ms", "park_ms", "attach_ms")), ("driver_ms", ("driver_checkpoint_ms", "driver_restore_ms")), ("criu_ms", ("criu_ms",))):
+        result("pause", workload, "phos-runc", metric, statistics.median(sum(r[k] for k in keys) for _, r in pauses), len(pauses), "median")
+    result("pause", workload, "phos-runc", "pause_ms", statistics.median(p for p, _ in pauses), len(pauses), "median")
+    copied = [r["written_bytes"] / 1e6 / r["copy_ms"] for _, r in pauses if r["copy_ms"]]
+    result("copy", workload, "phos-runc", "copy_gb_s", statistics.median(copied), len(copied), "median", "tmpfs")
+
+
+def stop_and_restore(box, workload, more=()):
+    image = f"{WORK}/images/{box.name}-stop"
+    box.checkpoint(image, False, *more)
     last = len(box.steps())
-    gpu_bytes = box.report()["gpu_bytes"]
-    log(f"{name} stopped at step {last}: {gpu_bytes / 1e9:.1f} GB on the GPU, report {box.report()}")
+    report = box.report()
+    report.pop("spans")
+    log(f"{box.name} stopped at step {last}: {report['gpu_bytes'] / 1e9:.1f} GB on the GPU, {report}")
     begin = time.monotonic()
     box.restore(image)
     running = time.monotonic()
     box.wait_steps(1)
     first = time.monotonic()
-    log(f"{name} restored in {running - begin:.2f} s, first step after {first - begin:.2f} s, report {box.report()}")
-    result("restore", name, "phos-runc", "restore_ms", (running - begin) * 1e3, note="to running")
-    result("restore", name, "phos-runc", "restore_ms", (first - begin) * 1e3, note="to first result")
-    box.wait_steps(60)
-    box.stop()
-    return box.steps(), gpu_bytes
+    report = box.report()
+    report.pop("spans")
+    log(f"{box.name} restored in {running - begin:.2f} s, first step after {first - begin:.2f} s, report {report}")
+    result("restore", workload, "phos-runc", "restore_ms", (running - begin) * 1e3, note="to running")
+    result("restore", workload, "phos-runc", "restore_ms", (first - begin) * 1e3, note="to first result")
+    result("restore", workload, "phos-runc", "load_gb_s", report["gpu_bytes"] / 1e6 / report["load_ms"], note="tmpfs")
+    shutil.rmtree(image)
 
 
-def plain(gb):
-    name = f"plain-{gb:g}g"
+def identical(box, workload, bench="pause"):
+    steps = box.steps()
+    same, compared = compare(steps, reference(box, len(steps)))
+    log(f"{workload}: {len(steps)} steps, {compared} compared, bit identical: {same}")
+    result(bench, workload, "phos-runc", "bit_identical", same, compared, note="steps compared with an uninterrupted run")
+
+
+def phos(gb, count):
     workload = f"torch-{gb:g}g"
-    driver = Driver()
-    box = Container(name, gb, plain=True)
+    box = Container(workload, ("torch_steps.py", "--gb", str(gb)))
     box.start()
     box.wait_steps(60)
+    pauses = []
+    for i in range(count):
+        gap, report, _ = leave_running(box, workload, i)
+        pauses.append((gap, report))
+        result("pause", workload, "phos-runc", "pause_ms", gap, note=f"leave-running {i}")
+    figures(workload, pauses)
+    stop_and_restore(box, workload)
+    box.wait_steps(60)
+    box.stop()
+    identical(box, workload)
+
+
+# Workload, annotations, steps to warm up and to settle, whether incremental images are of interest.
+MODELS = {
+    "llama13b-infer": (("models.py", "--model", "llama13b-infer"), {}, 20, 10, True),
+    "llama13b-train": (("models.py", "--model", "llama13b-train"), {}, 3, 2, False),
+    "resnet-train": (("models.py", "--model", "resnet-train"), {}, 20, 5, False),
+    "unet-infer": (("models.py", "--model", "unet-infer"), {}, 20, 10, False),
+    "full-card": (("torch_steps.py", "--gb", "20"), {}, 60, 30, False),
+}
+
+
+def models(args):
+    for workload in args.model or MODELS:
+        words, annotations, warm, settle, incremental = MODELS[workload]
+        balloon = None
+        box = Container(workload, words, annotations=annotations)
+        box.start()
+        box.wait_steps(warm, 200)
+        if workload == "full-card":
+            # Something else takes what the container leaves free, but for 2 GB.
+            code = "import torch,time\nfree=torch.cuda.mem_get_info()[0]\nx=torch.empty(free-2*10**9,dtype=torch.uint8,device='cuda')\nprint('full',flush=True)\ntime.sleep(600)"
+            balloon = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, text=True)
+            balloon.stdout.readline()
+        pauses, images = [], []
+        for i in range(args.count):
+            gap, report, image = leave_running(box, workload, i, settle=settle, keep=incremental)
+            pauses.append((gap, report))
+            images.append(image)
+            if incremental:
+                for old in images[:-1]:
+                    shutil.rmtree(old, ignore_errors=True)
+        figures(workload, pauses)
+        if incremental:
+            # The next one builds on the last.
+            last = os.path.basename(images[-1])
+            gap, report, image = leave_running(box, workload, "increment", ("--parent-path", f"../{last}"), settle, keep=True)
+            result("copy", workload, "phos-runc", "image_bytes", pauses[-1][1]["written_bytes"])
+            result("copy", workload, "phos-runc", "increment_bytes", report["written_bytes"], note=f"of {report['gpu_bytes']}; pause {gap:.0f} ms, digest {report['digest_ms']:.1f} ms")
+            shutil.rmtree(image)
+            stop_and_restore(box, workload, ("--parent-path", f"../{last}"))
+            shutil.rmtree(images[-1])
+        else:
+            stop_and_restore(box, workload)
+        box.wait_steps(settle)
+        box.stop()
+        if balloon:
+            balloon.kill()
+            balloon.wait()
+        if args.plain and workload == "llama13b-infer":
+            plain(workload, words, warm)
+        identical(box, workload)
+
+
+def plain(workload, words, warm):
+    """The same container under runc, with the driver's own checkpoint of all GPU memory."""
+    name = f"plain-{workload}"
+    driver = Driver()
+    box = Container(name, words, plain=True)
+    box.start()
+    box.wait_steps(warm, 200)
     pid = box.pid()
     image = f"{WORK}/images/{name}"
     before = time.monotonic_ns()
@@ -301,22 +230,63 @@ def plain(gb):
 
 def torch(args):
     for gb in args.gb or [2.0, 20.0]:
-        steps, gpu_bytes = phos(gb, args.count)
-        shutil.rmtree(f"{WORK}/images")
-        os.makedirs(f"{WORK}/images")
-        same, compared = compare(steps, reference(gb, len(steps)))
-        log(f"torch-{gb:g}g: {len(steps)} steps, {compared} compared, bit identical: {same}")
-        result("pause", f"torch-{gb:g}g", "phos-runc", "bit_identical", same, compared, note="steps compared with an uninterrupted run")
+        phos(gb, args.count)
         if args.plain and gb == max(args.gb or [20.0]):
-            plain(gb)
+            plain(f"torch-{gb:g}g", ("torch_steps.py", "--gb", str(gb)), 60)
+
+
+# Workload: program and options, environment.
+MATRIX = {
+    **{f"torch-{m}" if m != "eager" else "torch-eager": (("torch_modes.py", "--mode", m, "--gb", "2"), ()) for m in ("eager", "compile", "graphs", "expandable", "async")},
+    "jax-prealloc": (("jax_steps.py", "--gb", "2"), ()),
+    "jax": (("jax_steps.py", "--gb", "2"), ("XLA_PYTHON_CLIENT_PREALLOCATE=false",)),
+    "cupy": (("cupy_steps.py", "--gb", "2"), ()),
+    "triton": (("triton_steps.py", "--gb", "2"), ()),
+}
+
+
+def matrix(args):
+    for workload in args.mode or MATRIX:
+        words, env = MATRIX[workload]
+        try:
+            box = Container(workload, words, env=env)
+            box.start()
+            box.wait_steps(10, 120)
+            gap, report, _ = leave_running(box, workload, 0, settle=5)
+            parked, left = report["gpu_bytes"], report["driver_bytes"]
+            result("coverage", workload, "phos-runc", "parked_fraction", parked / max(1, parked + left), note=f"{parked} bytes parked, {left} left to the driver")
+            figures(workload, [(gap, report)])
+            stop_and_restore(box, workload)
+            box.wait_steps(5)
+            box.stop()
+            identical(box, workload, "coverage")
+        except Exception as e:  # the other rows are still of interest
+            log(f"{workload} FAILED: {e}")
+            result("coverage", workload, "phos-runc", "bit_identical", 0, 0, note=f"failed: {str(e)[-300:]}")
+            show_logs()
+            subprocess.run([f"{BIN}/runc", "--root", f"{WORK}/runc", "delete", "--force", workload], stderr=subprocess.DEVNULL)
+
+
+def copy(args):
+    """The copy pipeline by itself."""
+    for gb, folder in ((args.gb or [16.0])[0], f"{WORK}/copy"), (4.0, os.path.join(args.disk, "phos-copy")):
+        done = subprocess.run([f"{BIN}/copy-bench", "--gb", str(gb), "--folder", folder], stdout=subprocess.PIPE, text=True, timeout=280)
+        for line in done.stdout.splitlines():
+            row = json.loads(line)
+            row.update(commit=COMMIT, date=datetime.date.today().isoformat())
+            row["note"] = row["note"].replace(folder, "tmpfs" if folder.startswith(WORK) else "disk")
+            rows.append(row)
+        if done.returncode:
+            raise RuntimeError(f"copy-bench ended with {done.returncode}")
 
 
 def overhead(args):
     """Steps per second over the same stretch of steps, with and without the library, alternating."""
     gb, rates = (args.gb or [2.0])[0], {"phos-runc": [], "runc": []}
     for i in range(args.count):
-        for system in rates:
-            box = Container(f"{system}-{i}", gb, plain=system == "runc")
+        # Each goes first in turn: clocks and caches warm up for both alike.
+        for system in list(rates)[:: 1 if i % 2 else -1]:
+            box = Container(f"{system}-{i}", ("torch_steps.py", "--gb", str(gb)), plain=system == "runc")
             box.start()
             box.wait_steps(args.steps + 50)
             steps = box.steps()
@@ -324,20 +294,16 @@ def overhead(args):
             rates[system].append(args.steps / ((steps[49 + args.steps][2] - steps[49][2]) / 1e9))
             log(f"{system} {i}: {rates[system][-1]:.2f} steps/s")
     fraction = statistics.median(rates["phos-runc"]) / statistics.median(rates["runc"])
-    result("overhead", f"torch-{gb:g}g", "phos-runc", "rate_fraction", fraction, args.count, "median")
-
-
-def gpu():
-    text = run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", env=dict(os.environ)).stdout
-    name, driver = text.splitlines()[0].split(", ")
-    return dict(name=name, driver=driver)
+    result("overhead", f"torch-{gb:g}g", "phos-runc", "rate_fraction", fraction, args.count, "median", f"{args.steps} steps each")
 
 
 if __name__ == "__main__":
-    START = time.monotonic()
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["torch", "overhead", "driver"])
+    parser.add_argument("what", choices=["torch", "models", "matrix", "copy", "overhead", "driver"])
     parser.add_argument("--gb", type=float, action="append")
+    parser.add_argument("--model", action="append", choices=list(MODELS))
+    parser.add_argument("--mode", action="append", choices=list(MATRIX))
+    parser.add_argument("--disk", default="/var/tmp", help="a folder on a disk")
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--plain", action="store_true")
@@ -346,22 +312,14 @@ if __name__ == "__main__":
         serve_driver()
         sys.exit()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    GPU = gpu()
-    try:
-        COMMIT = open(os.path.join(HERE, "COMMIT")).read().strip()
-    except FileNotFoundError:
-        COMMIT = "unknown"
     status = 0
     setup()
     try:
-        {"torch": torch, "overhead": overhead}[args.what](args)
+        globals()[args.what](args)
     except Exception as e:  # the figures so far are kept
         status = 1
         log(f"FAILED: {e}")
-        for pattern in ("state/*/engine.log", "images/*/*.log", "images/*.work/*.log", "*.runc.log"):
-            for path in glob.glob(f"{WORK}/{pattern}"):
-                print(f"--- {path}")
-                print(open(path, errors="replace").read()[-2500:])
+        show_logs()
     finally:
         for name in os.listdir(f"{WORK}/runc") if os.path.isdir(f"{WORK}/runc") else []:
             subprocess.run([f"{BIN}/runc", "--root", f"{WORK}/runc", "delete", "--force", name], stderr=subprocess.DEVNULL)

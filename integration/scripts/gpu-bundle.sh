@@ -7,11 +7,12 @@ cd "$top"
 integration/scripts/setup.sh
 [ -d .tools/trixie ] || { echo "gpu-bundle: needs the CRIU that setup.sh fetches; this machine has its own" >&2; exit 1; }
 cargo build --release --quiet -p phos-runc -p phos-shim -p phos-sample
+cargo build --release --quiet -p phos-integration --bin copy-bench
 bundle=.bundle
 rm -rf "$bundle"
 mkdir -p "$bundle"/{bin,lib,criu,workloads}
 install -m 755 target/release/phos-runc target/release/libphos.so "$bundle/bin/"
-install -m 755 target/release/phos-sample "$bundle/bin/"
+install -m 755 target/release/phos-sample target/release/copy-bench "$bundle/bin/"
 install -m 755 .tools/trixie/usr/sbin/runc "$bundle/bin/"
 lib=.tools/trixie/usr/lib/x86_64-linux-gnu
 cp -L "$lib/libseccomp.so.2" "$bundle/lib/"
@@ -29,7 +30,7 @@ exec "$here/ld-linux-x86-64.so.2" --library-path "$here" "$here/criu" "$@"
 W
 chmod 755 "$bundle/bin/criu"
 cp integration/workloads/*.py "$bundle/workloads/"
-cp integration/gpu/runner.py integration/gpu/install.sh LICENSE "$bundle/"
+cp integration/gpu/*.py integration/gpu/install.sh LICENSE "$bundle/"
 git rev-parse --short HEAD >"$bundle/COMMIT"
 size=$(du -sm "$bundle" | cut -f1)
 echo "$bundle: $size MiB"

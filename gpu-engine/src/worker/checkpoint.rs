@@ -222,6 +222,7 @@ impl Checkpoint<'_> {
                 continue;
             };
             let summary = library.query()?;
+            self.report.driver_bytes += summary.driver_bytes;
             if let Some(reason) = summary.blockers.first() {
                 return Err(EngineError::Unsupported {
                     pid: subject.kept.pid,

@@ -1,0 +1,208 @@
+"""What the runner works with: a private place, containers under phos-runc or runc alone, the driver's own checkpoint calls,
+and the list of results."""
+import ctypes
+import datetime
+import glob
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BIN = os.path.join(HERE, "bin")
+WORK = "/run/phos-bench"
+OUT = os.environ.get("OUT", HERE)
+DRIVER = "/usr/local/nvidia"
+PYTHON = shutil.which("python3")
+ENV = dict(os.environ, PATH=BIN + ":" + os.environ["PATH"], PHOS_STATE_DIR=WORK + "/state", PHOS_CRIU=BIN + "/criu",
+           PHOS_LOWER_RUNTIME=BIN + "/runc", PHOS_LIB_DIR=BIN, PHOS_CONFIG="/nonexistent", CRIU_LIBS_DIR=WORK + "/no-plugins")
+rows = []
+START = time.monotonic()
+
+
+def gpu():
+    text = run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", env=dict(os.environ)).stdout
+    name, driver = text.splitlines()[0].split(", ")
+    return dict(name=name, driver=driver)
+
+
+def log(text):
+    print(f"[{time.monotonic() - START:7.1f}] {text}", flush=True)
+
+
+def result(bench, workload, system, metric, value, n=1, stat="single", note=""):
+    rows.append(dict(bench=bench, workload=workload, system=system, metric=metric, value=round(float(value), 3), stat=stat,
+                     n=n, device=GPU["name"], driver=GPU["driver"], commit=COMMIT,
+                     date=datetime.date.today().isoformat(), note=note))
+
+
+def run(*words, timeout=300, check=True, env=ENV, detached=False, **more):
+    # A detached container inherits these streams: it must neither hold a pipe of ours open nor a deleted file.
+    output = subprocess.DEVNULL if detached else subprocess.PIPE
+    done = subprocess.run(words, env=env, timeout=timeout, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True, **more)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: status {done.returncode}: {(done.stderr or '').strip()[-2000:]}")
+    return done
+
+
+def setup():
+    shutil.rmtree(WORK, ignore_errors=True)
+    os.makedirs(WORK)
+    run("mount", "-t", "tmpfs", "-o", "size=115g,mode=755", "tmpfs", WORK)
+    for d in ("upper", "over", "rootfs", "state", "out", "images", "no-plugins"):
+        os.makedirs(f"{WORK}/{d}")
+    run("mount", "-t", "overlay", "-o", f"lowerdir=/,upperdir={WORK}/upper,workdir={WORK}/over", "overlay", f"{WORK}/rootfs")
+    for library in ("libseccomp.so.2",):
+        if not any(os.path.exists(f"{d}/{library}") for d in ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu")):
+            shutil.copy(f"{BIN}/../lib/{library}", "/usr/lib/x86_64-linux-gnu/")
+
+
+def teardown():
+    for path in (f"{WORK}/rootfs", WORK):
+        subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL)
+    shutil.rmtree(WORK, ignore_errors=True)
+
+
+def spec(command, annotations, more_env=()):
+    devices, rules = [], [{"allow": False, "access": "rwm"}]
+    for path in filter(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")):
+        st = os.stat(path)
+        major, minor = os.major(st.st_rdev), os.minor(st.st_rdev)
+        devices.append(dict(path=path, type="c", major=major, minor=minor, fileMode=0o666, uid=0, gid=0))
+        rules.append(dict(allow=True, type="c", major=major, minor=minor, access="rwm"))
+    caps = [f"CAP_{c}" for c in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID", "SYS_ADMIN", "SYS_PTRACE", "KILL")]
+    env = [f"PATH={os.environ['PATH']}", f"LD_LIBRARY_PATH={DRIVER}/lib64", "HOME=/root", "CUBLAS_WORKSPACE_CONFIG=:4096:8",
+           *more_env]
+    plain = ["nosuid", "noexec", "nodev"]
+    return {
+        "ociVersion": "1.0.2",
+        "process": {"terminal": False, "user": {"uid": 0, "gid": 0}, "args": command, "env": env, "cwd": "/",
+                    "capabilities": {k: caps for k in ("bounding", "effective", "permitted")},
+                    "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 20000, "soft": 20000}]},
+        "root": {"path": f"{WORK}/rootfs", "readonly": False},
+        "hostname": "phos",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": plain + ["mode=1777", "size=1g"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": plain + ["ro"]},
+            {"destination": DRIVER, "type": "bind", "source": DRIVER, "options": ["rbind", "ro"]},
+            {"destination": "/out", "type": "bind", "source": f"{WORK}/out", "options": ["bind", "rw"]},
+            {"destination": "/bundle", "type": "bind", "source": HERE, "options": ["bind", "ro"]},
+        ],
+        "linux": {"namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts")], "devices": devices,
+                  "resources": {"devices": rules}, "cgroupsPath": "/phos-bench"},
+        "annotations": annotations,
+    }
+
+
+class Container:
+    """A container of a workload under phos-runc, or under runc alone."""
+
+    def __init__(self, name, workload, plain=False, annotations=None, env=()):
+        self.name, self.plain, self.workload, self.env = name, plain, workload, env
+        self.program = f"{BIN}/runc" if plain else f"{BIN}/phos-runc"
+        self.bundle, self.log = f"{WORK}/{name}", f"{WORK}/out/{name}.log"
+        os.makedirs(self.bundle)
+        command = [PYTHON, f"/bundle/workloads/{workload[0]}", *workload[1:], "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
+        with open(f"{self.bundle}/config.json", "w") as f:
+            json.dump(spec(command, annotations or {}, env), f)
+
+    def runc(self, *words, **more):
+        more.setdefault("env", dict(ENV, PHOS_REPORT=f"{WORK}/report.json"))
+        return run(self.program, "--root", f"{WORK}/runc", "--log", f"{WORK}/{self.name}.runc.log", *words, **more)
+
+    def start(self):
+        # Detached, with nothing of ours as its streams.
+        self.runc("run", "--detach", "--bundle", self.bundle, self.name, detached=True)
+        log(f"{self.name} started")
+
+    def steps(self):
+        try:
+            with open(self.log) as f:
+                lines = [line.split() for line in f if line.endswith("\n")]
+        except FileNotFoundError:
+            return []
+        return [(int(a), b, int(c)) for a, b, c in lines]
+
+    def wait_steps(self, more, limit=120):
+        have = len(self.steps())
+        end = time.monotonic() + limit
+        while len(self.steps()) < have + more:
+            if time.monotonic() > end:
+                raise RuntimeError(f"{self.name} makes no steps: {self.runc('state', self.name, check=False).stdout}")
+            time.sleep(0.05)
+
+    def pid(self):
+        return json.loads(self.runc("state", self.name).stdout)["pid"]
+
+    def checkpoint(self, image, leave_running, *more):
+        words = ["checkpoint", "--image-path", image, "--work-path", image + ".work", *more]
+        os.makedirs(image + ".work")
+        self.runc(*words, *(["--leave-running"] if leave_running else []), self.name)
+
+    def restore(self, image):
+        self.runc("restore", "--detach", "--bundle", self.bundle, "--image-path", image, "--work-path", image + ".work", self.name, detached=True)
+
+    def report(self):
+        with open(f"{WORK}/report.json") as f:
+            return json.load(f)
+
+    def stop(self):
+        open(f"{WORK}/out/{self.name}.stop", "w").close()
+        for _ in range(200):
+            if json.loads(self.runc("state", self.name, check=False).stdout or '{"status":"stopped"}').get("status") == "stopped":
+                break
+            time.sleep(0.05)
+        self.runc("delete", "--force", self.name, check=False)
+
+
+def longest_gap(steps, since_ns):
+    """Longest time between two steps of which the later came after `since_ns`, in ms."""
+    return max(((b[2] - a[2]) / 1e6 for a, b in zip(steps, steps[1:]) if b[2] > since_ns), default=0)
+
+
+class Driver:
+    """The driver's own checkpoint calls, from a helper process that has a driver of its own."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([PYTHON, f"{HERE}/runner.py", "driver"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline().strip() == "0"
+
+    def call(self, verb, pid):
+        self.process.stdin.write(f"{verb} {pid}\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        if code:
+            raise RuntimeError(f"cuCheckpointProcess{verb}: CUDA error {code}")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+def serve_driver():
+    cuda = ctypes.CDLL(f"{DRIVER}/lib64/libcuda.so.1")
+    print(cuda.cuInit(0), flush=True)
+    for line in sys.stdin:
+        verb, pid = line.split()
+        args = (ctypes.c_uint64 * 8)(10000)  # CUcheckpointLockArgs: timeoutMs, then zeros
+        print(getattr(cuda, "cuCheckpointProcess" + verb)(int(pid), args if verb == "Lock" else None), flush=True)
+
+
+def show_logs():
+    for pattern in ("state/*/engine.log", "images/*/*.log", "images/*.work/*.log", "*.runc.log"):
+        for path in glob.glob(f"{WORK}/{pattern}"):
+            print(f"--- {path}")
+            print(open(path, errors="replace").read()[-2500:])
+
+
+GPU = gpu()
+try:
+    with open(os.path.join(HERE, "COMMIT")) as f:
+        COMMIT = f.read().strip()
+except FileNotFoundError:
+    COMMIT = "unknown"
