@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::ledger::{Batch, ChunkRef, Ledger};
-use crate::device::{Chunks, Device, DeviceError, GpuId, Pinned, Region, Stream};
+use crate::device::{Device, DeviceError, GpuId, Pinned, Stream};
 use crate::error::EngineError;
 use crate::image::{CHUNK, Digest, Saved, Sink};
 use crate::progress::Progress;
@@ -23,14 +23,13 @@ pub fn lane_count() -> usize {
     thread::available_parallelism().map_or(2, |n| n.get()).clamp(1, MOST_LANES)
 }
 
-/// Page-locked buffers for one thread, each for a piece and the digests of its chunks.
+/// Page-locked buffers for one thread, each for a piece.
 pub struct Ring(pub [Box<dyn Pinned>; 2]);
 
 impl Ring {
     /// Allocates them.
     pub fn allocate(device: &dyn Device) -> Result<Self, DeviceError> {
-        let buffer = || device.pinned(PIECE + MOST * size_of::<Digest>());
-        Ok(Ring([buffer()?, buffer()?]))
+        Ok(Ring([device.pinned(PIECE)?, device.pinned(PIECE)?]))
     }
 }
 
@@ -38,30 +37,16 @@ impl Ring {
 pub struct Lanes<'a> {
     device: &'a dyn Device,
     rings: Vec<Ring>,
-    /// For each thread and GPU two staging slots, one behind the other.
-    stages: Vec<BTreeMap<GpuId, Region>>,
 }
 
 impl<'a> Lanes<'a> {
     /// Allocates the buffers for `lanes` threads.
     pub fn allocate(device: &'a dyn Device, lanes: usize) -> Result<Self, DeviceError> {
         let rings = (0..lanes).map(|_| Ring::allocate(device)).collect::<Result<_, _>>()?;
-        Ok(Lanes { device, rings, stages: (0..lanes).map(|_| BTreeMap::new()).collect() })
+        Ok(Lanes { device, rings })
     }
 
-    /// Allocates the staging slots on these GPUs.
-    pub fn stage_on(&mut self, gpus: &[GpuId]) -> Result<(), DeviceError> {
-        for stages in &mut self.stages {
-            for gpu in gpus {
-                if !stages.contains_key(gpu) {
-                    stages.insert(*gpu, self.device.allocate(*gpu, 2 * PIECE as u64)?);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies chunks of memory that nobody writes to at present.
+    /// Copies chunks. Their owner may write to them at any time: the digest is that of the bytes which were saved.
     pub fn copy(
         &mut self,
         sink: &dyn Sink,
@@ -70,20 +55,7 @@ impl<'a> Lanes<'a> {
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let batches = ledger.batches(chunks, MOST);
-        self.run(sink, ledger, chunks, &batches, false, progress)
-    }
-
-    /// Copies chunks of memory that its owner may write to at any time: each goes through a staging slot, see
-    /// [`Lanes::stage_on`].
-    pub fn copy_staged(
-        &mut self,
-        sink: &dyn Sink,
-        ledger: &mut Ledger,
-        chunks: &[ChunkRef],
-        progress: &Progress,
-    ) -> Result<Duration, EngineError> {
-        let batches = ledger.batches(chunks, MOST);
-        self.run(sink, ledger, chunks, &batches, true, progress)
+        self.run(sink, ledger, chunks, &batches, &[], progress)
     }
 
     /// Copies what a [`super::Spare`] holds.
@@ -95,16 +67,17 @@ impl<'a> Lanes<'a> {
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let (chunks, batches) = spare.batches(MOST);
-        self.run(sink, ledger, &chunks, &batches, false, progress)
+        self.run(sink, ledger, &chunks, &batches, &spare.digests(), progress)
     }
 
+    /// `digests`: those of `chunks`, if they are known.
     fn run(
         &mut self,
         sink: &dyn Sink,
         ledger: &mut Ledger,
         chunks: &[ChunkRef],
         batches: &[Batch],
-        staged: bool,
+        digests: &[Digest],
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let begin = Instant::now();
@@ -119,13 +92,11 @@ impl<'a> Lanes<'a> {
             let threads: Vec<_> = self
                 .rings
                 .iter_mut()
-                .zip(&self.stages)
                 .enumerate()
-                .map(|(number, (ring, stages))| {
+                .map(|(number, ring)| {
                     let (take, failed) = (&take, &failed);
                     scope.spawn(move || {
-                        let stages = staged.then_some(stages);
-                        let mut lane = Lane { number, device, sink, known, chunks, ring, stages };
+                        let mut lane = Lane { number, device, sink, known, chunks, digests, ring };
                         let result = lane.drive(take, progress);
                         if result.is_err() {
                             failed.store(true, Ordering::Relaxed);
@@ -152,8 +123,8 @@ struct Lane<'a> {
     sink: &'a dyn Sink,
     known: &'a Ledger,
     chunks: &'a [ChunkRef],
+    digests: &'a [Digest],
     ring: &'a mut Ring,
-    stages: Option<&'a BTreeMap<GpuId, Region>>,
 }
 
 impl Lane<'_> {
@@ -202,33 +173,26 @@ impl Lane<'_> {
             std::collections::btree_map::Entry::Occupied(e) => e.into_mut(),
             std::collections::btree_map::Entry::Vacant(e) => e.insert(self.device.stream(batch.gpu)?),
         };
-        let len = batch.count * CHUNK;
-        let from = match self.stages {
-            None => batch.address,
-            Some(stages) => {
-                let stage = stages.get(&batch.gpu).ok_or(EngineError::Order("no staging slot"))?;
-                let slot = stage.address + (turn * PIECE) as u64;
-                stream.copy_within(slot, batch.address, len as u64)?;
-                slot
-            }
-        };
-        let buffer = self.ring.0[turn].as_mut();
-        stream.digest(Chunks::Run(from), batch.count as u64, buffer, PIECE)?;
-        Ok(stream.copy_out(from, buffer, 0, len)?)
+        Ok(stream.copy_out(batch.address, self.ring.0[turn].as_mut(), 0, batch.count * CHUNK)?)
     }
 
     /// Gives what is in a buffer to the sink.
-    fn store(&self, batch: Batch, turn: usize, copied: &mut Vec<(ChunkRef, Saved)>) -> Result<(), EngineError> {
-        let chunks = &self.chunks[batch.first..batch.first + batch.count];
-        let bytes = self.ring.0[turn].bytes();
-        let (data, digests) = bytes.split_at(PIECE);
-        let digests: Vec<Digest> = digests
-            .chunks_exact(size_of::<Digest>())
-            .take(batch.count)
-            .map(|d| Digest::from_bytes(std::array::from_fn(|i| d[i])))
-            .collect();
-        let mut places: Vec<_> = chunks.iter().map(|c| self.known.saved(*c).map(|(_, place)| place)).collect();
-        self.sink.put(self.number, &data[..batch.count * CHUNK], &digests, &mut places)?;
+    fn store(
+        &self,
+        batch: Batch,
+        turn: usize,
+        copied: &mut Vec<(ChunkRef, Saved)>,
+    ) -> Result<(), EngineError> {
+        let range = batch.first..batch.first + batch.count;
+        let chunks = &self.chunks[range.clone()];
+        let data = &self.ring.0[turn].bytes()[..batch.count * CHUNK];
+        let digests = match self.digests.get(range) {
+            Some(known) => known.to_vec(),
+            None => data.chunks_exact(CHUNK).map(phos_digest::digest).collect(),
+        };
+        let mut places: Vec<_> =
+            chunks.iter().map(|c| self.known.saved(*c).map(|(_, place)| place)).collect();
+        self.sink.put(self.number, data, &digests, &mut places)?;
         for ((chunk, digest), place) in chunks.iter().zip(digests).zip(places) {
             let place = place.ok_or(EngineError::Order("a chunk was not stored"))?;
             copied.push((*chunk, (digest, place)));

@@ -8,10 +8,13 @@
 //! Session  one checkpoint: rounds while the program runs, what is left when it stands still, the drain
 //! ```
 //!
-//! While a program runs, a chunk is first copied to a staging slot on its GPU, and the slot is digested and copied out:
-//! whatever the program did meanwhile, the digest is that of the bytes which were saved. When the program stands still,
-//! a chunk whose digest is the saved one's is saved, and any other is copied again. So no write is missed, by whatever
-//! means it was made.
+//! While a program runs, a chunk is copied to a page-locked buffer and digested there: whatever the program did
+//! meanwhile, the digest is that of the bytes which were saved. When the program stands still, a chunk whose digest is the
+//! saved one's is saved, and any other is copied again. So no write is missed, by whatever means it was made.
+//!
+//! Nothing but plain copies is asked of the GPU while the program runs, except a scan between two rounds: two processes'
+//! kernels do not run side by side, the GPU switches between them (measured on an H200: a digest kernel for every 8 MiB
+//! took 13 to 30 % off the program's rate).
 
 mod lanes;
 mod ledger;

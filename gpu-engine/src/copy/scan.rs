@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::ledger::{ChunkRef, Ledger};
-use crate::device::{Chunks, Device, DeviceError, GpuId, Pinned, Region, Stream};
+use super::ledger::Ledger;
+use crate::device::{Device, DeviceError, GpuId, Pinned, Region, Stream};
 use crate::image::{CHUNK, Digest};
 
 /// Bytes of an address in a list, and of a digest in a result.
@@ -49,15 +49,15 @@ pub struct Scanner {
     lists: BTreeMap<GpuId, List>,
 }
 
-/// Address lists by GPU, and for each chunk its GPU.
-fn by_gpu(ledger: &Ledger, chunks: &[ChunkRef]) -> (BTreeMap<GpuId, Vec<u64>>, Vec<GpuId>) {
-    let (mut lists, mut gpus) = (BTreeMap::<GpuId, Vec<u64>>::new(), Vec::with_capacity(chunks.len()));
-    for chunk in chunks {
-        let Some(block) = ledger.block(chunk.block) else { continue };
-        lists.entry(block.gpu).or_default().push(block.chunk_address(chunk.chunk));
-        gpus.push(block.gpu);
+/// Addresses of all chunks by GPU, and the runs of chunks of one GPU in the order of [`Ledger::all`].
+fn by_gpu(ledger: &Ledger) -> (BTreeMap<GpuId, Vec<u64>>, Vec<(GpuId, usize)>) {
+    let (mut lists, mut runs) = (BTreeMap::<GpuId, Vec<u64>>::new(), Vec::new());
+    for block in ledger.blocks().values() {
+        let count = block.chunks.len();
+        lists.entry(block.gpu).or_default().extend((0..count as u32).map(|n| block.chunk_address(n)));
+        runs.push((block.gpu, count));
     }
-    (lists, gpus)
+    (lists, runs)
 }
 
 impl Scanner {
@@ -74,7 +74,13 @@ impl Scanner {
     }
 
     /// The GPU's list with room for `least`; if it has to be made, with room for `want`.
-    fn list(&mut self, device: &dyn Device, gpu: GpuId, want: usize, least: usize) -> Result<&mut List, DeviceError> {
+    fn list(
+        &mut self,
+        device: &dyn Device,
+        gpu: GpuId,
+        want: usize,
+        least: usize,
+    ) -> Result<&mut List, DeviceError> {
         if self.lists.get(&gpu).is_none_or(|l| l.capacity < least) {
             self.lists.insert(gpu, List::allocate(device, gpu, want.max(least))?);
         }
@@ -83,25 +89,38 @@ impl Scanner {
 
     /// Digests of every chunk of `ledger`, in the order of [`Ledger::all`].
     pub fn digests(&mut self, device: &dyn Device, ledger: &Ledger) -> Result<Vec<Digest>, DeviceError> {
-        let (lists, gpus) = by_gpu(ledger, &ledger.all());
-        for (gpu, addresses) in &lists {
+        let (lists, runs) = by_gpu(ledger);
+        let mut found = self.digests_at(device, &lists)?;
+        let mut digests = Vec::with_capacity(runs.iter().map(|(_, count)| count).sum());
+        let mut taken = BTreeMap::<GpuId, usize>::new();
+        for (gpu, count) in runs {
+            let from = taken.entry(gpu).or_default();
+            let list = found.entry(gpu).or_default();
+            digests.extend_from_slice(&list[*from..*from + count]);
+            *from += count;
+        }
+        Ok(digests)
+    }
+
+    /// Digests of the chunks at these addresses, in their order.
+    pub fn digests_at(
+        &mut self,
+        device: &dyn Device,
+        lists: &BTreeMap<GpuId, Vec<u64>>,
+    ) -> Result<BTreeMap<GpuId, Vec<Digest>>, DeviceError> {
+        for (gpu, addresses) in lists {
             let list = self.list(device, *gpu, addresses.len(), addresses.len())?;
             list.upload(addresses)?;
-            let chunks = Chunks::List(list.on_gpu.address);
-            list.stream.digest(chunks, addresses.len() as u64, list.digests.as_mut(), 0)?;
+            list.stream.digest(list.on_gpu.address, addresses.len() as u64, list.digests.as_mut())?;
         }
-        for gpu in lists.keys() {
-            if let Some(list) = self.lists.get_mut(gpu) {
-                list.stream.wait()?;
-            }
+        let mut results = BTreeMap::new();
+        for (gpu, addresses) in lists {
+            let list = self.list(device, *gpu, addresses.len(), addresses.len())?;
+            list.stream.wait()?;
+            let bytes = list.digests.bytes().chunks_exact(DIGEST).take(addresses.len());
+            results.insert(*gpu, bytes.map(|d| Digest::from_bytes(std::array::from_fn(|i| d[i]))).collect());
         }
-        let mut results: BTreeMap<_, _> =
-            self.lists.iter().map(|(gpu, list)| (gpu, list.digests.bytes().chunks_exact(DIGEST))).collect();
-        let next = |gpu: &GpuId| {
-            let bytes = results.get_mut(gpu).and_then(Iterator::next)?;
-            Some(Digest::from_bytes(std::array::from_fn(|i| bytes[i])))
-        };
-        Ok(gpus.iter().map_while(next).collect())
+        Ok(results)
     }
 
     /// Copies chunks, all of one GPU, to the places given: each place takes the number of chunks that goes with it.

@@ -95,11 +95,9 @@ impl<'a, S: Sink> Session<'a, S> {
 
     /// Copies chunks while the program runs. Returns the bytes copied and the time it took.
     pub fn round(&mut self, chunks: &[ChunkRef]) -> Result<(u64, Duration), EngineError> {
-        let gpus: Vec<_> = self.ledger.blocks().values().map(|b| b.gpu).collect();
-        self.lanes.stage_on(&gpus)?;
         self.progress.step("pre-copy", bytes(chunks));
         let begin = Instant::now();
-        let time = self.lanes.copy_staged(&self.sink, &mut self.ledger, chunks, self.progress)?;
+        let time = self.lanes.copy(&self.sink, &mut self.ledger, chunks, self.progress)?;
         self.progress.span("pre-copy", TRACK, begin, time);
         Ok((bytes(chunks), time))
     }
@@ -125,6 +123,7 @@ impl<'a, S: Sink> Session<'a, S> {
         let snapshot = begin.elapsed();
         if left.len() < dirty.len() {
             self.progress.span("snapshot", TRACK, begin, snapshot);
+            self.spare.digest(self.device, &mut self.scanner)?;
         }
         let mut quiesced = Quiesced {
             snapshot,

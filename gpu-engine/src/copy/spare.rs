@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::ledger::{Batch, ChunkRef, Ledger};
 use super::scan::Scanner;
 use crate::device::{Device, DeviceError, GpuId, Region};
-use crate::image::CHUNK;
+use crate::image::{CHUNK, Digest};
 
 /// Spare memory is allocated in parts of at most this many bytes.
 const PART: u64 = 1 << 30;
@@ -17,6 +17,8 @@ pub struct Spare {
     parts: BTreeMap<GpuId, Vec<Region>>,
     /// What is in it: for each GPU the chunks in their order.
     held: BTreeMap<GpuId, Vec<ChunkRef>>,
+    /// Their digests, once asked for.
+    digests: BTreeMap<GpuId, Vec<Digest>>,
 }
 
 impl Spare {
@@ -57,15 +59,16 @@ impl Spare {
             self.parts.iter().map(|(gpu, parts)| (*gpu, parts.iter().map(chunks_in).sum())).collect();
         let mut left = Vec::new();
         let mut addresses = BTreeMap::<GpuId, Vec<u64>>::new();
-        for chunk in chunks {
-            let Some(block) = ledger.block(chunk.block) else { continue };
+        // Chunks come sorted by allocation: what depends on the allocation is looked up once for each.
+        for of_block in chunks.chunk_by(|a, b| a.block == b.block) {
+            let Some(block) = ledger.block(of_block[0].block) else { continue };
             let held = self.held.entry(block.gpu).or_default();
-            if held.len() < room.get(&block.gpu).copied().unwrap_or(0) {
-                held.push(*chunk);
-                addresses.entry(block.gpu).or_default().push(block.chunk_address(chunk.chunk));
-            } else {
-                left.push(*chunk);
-            }
+            let fit =
+                room.get(&block.gpu).copied().unwrap_or(0).saturating_sub(held.len()).min(of_block.len());
+            let (in_, out) = of_block.split_at(fit);
+            held.extend_from_slice(in_);
+            addresses.entry(block.gpu).or_default().extend(in_.iter().map(|c| block.chunk_address(c.chunk)));
+            left.extend_from_slice(out);
         }
         for (gpu, addresses) in &addresses {
             let parts = self.parts.get(gpu).map(Vec::as_slice).unwrap_or_default();
@@ -73,6 +76,24 @@ impl Spare {
             scanner.gather(device, *gpu, addresses, &places)?;
         }
         Ok(left)
+    }
+
+    /// Computes the digests of what is held, in one go: while the program stands still that costs it nothing, and later
+    /// the GPU would have to switch between the two processes for it.
+    pub fn digest(&mut self, device: &dyn Device, scanner: &mut Scanner) -> Result<(), DeviceError> {
+        let mut lists = BTreeMap::new();
+        for (gpu, held) in &self.held {
+            let parts = self.parts.get(gpu).map(Vec::as_slice).unwrap_or_default();
+            let places = parts.iter().flat_map(|p| (0..chunks_in(p)).map(|n| p.address + (n * CHUNK) as u64));
+            lists.insert(*gpu, places.take(held.len()).collect());
+        }
+        self.digests = scanner.digests_at(device, &lists)?;
+        Ok(())
+    }
+
+    /// Digests of the chunks in the list that [`Spare::batches`] returns.
+    pub fn digests(&self) -> Vec<Digest> {
+        self.digests.values().flatten().copied().collect()
     }
 
     /// What is held, as a list of chunks and its batches of at most `most`.
@@ -86,7 +107,12 @@ impl Spare {
                 let end = held.len().min(done + chunks_in(part));
                 for first in (done..end).step_by(most) {
                     let address = part.address + ((first - done) * CHUNK) as u64;
-                    batches.push(Batch { gpu: *gpu, address, first: base + first, count: most.min(end - first) });
+                    batches.push(Batch {
+                        gpu: *gpu,
+                        address,
+                        first: base + first,
+                        count: most.min(end - first),
+                    });
                 }
                 done = end;
             }

@@ -11,9 +11,7 @@ use cudarc::driver::sys;
 
 use super::cuda_checkpoint::CheckpointCalls;
 use super::cuda_kernels::Kernels;
-use super::{
-    Chunks, Device, DeviceError, DriverInfo, GpuId, GpuInfo, Pinned, ProcessState, Region, Result, Stream,
-};
+use super::{Device, DeviceError, DriverInfo, GpuId, GpuInfo, Pinned, ProcessState, Region, Result, Stream};
 
 /// Environment variable: the driver library to use instead of the machine's `libcuda.so.1`.
 pub const LIBCUDA_ENV: &str = "PHOS_LIBCUDA";
@@ -287,18 +285,14 @@ impl Stream for CudaStream {
         self.enter()?;
         check!(cuMemcpyHtoDAsync_v2(address, source.cast(), len, self.stream))
     }
-    fn copy_within(&mut self, to: u64, from: u64, len: u64) -> Result<()> {
-        self.enter()?;
-        check!(cuMemcpyDtoDAsync_v2(to, from, len as usize, self.stream))
-    }
     fn zero(&mut self, address: u64, len: u64) -> Result<()> {
         self.enter()?;
         check!(cuMemsetD8Async(address, 0, len as usize, self.stream))
     }
-    fn digest(&mut self, chunks: Chunks, count: u64, to: &mut dyn Pinned, at: usize) -> Result<()> {
-        let target = to.bytes_mut()[at..at + count as usize * 16].as_mut_ptr();
+    fn digest(&mut self, list: u64, count: u64, to: &mut dyn Pinned) -> Result<()> {
+        let target = to.bytes_mut()[..count as usize * 16].as_mut_ptr();
         self.enter()?;
-        self.gpu.kernels()?.digest(self.stream, chunks, count, target as u64)
+        self.gpu.kernels()?.digest(self.stream, list, count, target as u64)
     }
     fn gather(&mut self, list: u64, count: u64, to: u64) -> Result<()> {
         self.enter()?;

@@ -5,13 +5,14 @@ use std::ptr;
 
 use cudarc::driver::sys;
 
+use super::Result;
 use super::cuda::check;
-use super::{Chunks, Result};
 
-const PTX: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("../../kernels/chunks.ptx"), "\0").as_bytes()) {
-    Ok(text) => text,
-    Err(_) => panic!("PTX is text"),
-};
+const PTX: &CStr =
+    match CStr::from_bytes_with_nul(concat!(include_str!("../../kernels/chunks.ptx"), "\0").as_bytes()) {
+        Ok(text) => text,
+        Err(_) => panic!("PTX is text"),
+    };
 /// Threads of a block, as the kernels are written for.
 const THREADS: u32 = 256;
 /// Blocks for each multiprocessor: enough loads in flight to keep the memory busy.
@@ -46,13 +47,10 @@ impl Kernels {
         Ok(Kernels { digest: function(c"phos_digest")?, gather: function(c"phos_gather")?, blocks })
     }
 
-    /// Digests of `count` chunks to `to`, 16 bytes each, memory that the GPU can write to.
-    pub fn digest(&self, stream: sys::CUstream, chunks: Chunks, count: u64, to: u64) -> Result<()> {
-        let (base, list) = match chunks {
-            Chunks::Run(address) => (address, 0),
-            Chunks::List(address) => (0, address),
-        };
-        self.launch(stream, self.digest, count, &mut [base, list, count, to])
+    /// Digests of the `count` chunks whose addresses are at `list` to `to`, 16 bytes each, memory that the GPU can write
+    /// to.
+    pub fn digest(&self, stream: sys::CUstream, list: u64, count: u64, to: u64) -> Result<()> {
+        self.launch(stream, self.digest, count, &mut [list, count, to])
     }
 
     /// Copies the `count` chunks whose addresses are at `list` to `to`, one behind the other.
@@ -60,7 +58,13 @@ impl Kernels {
         self.launch(stream, self.gather, count, &mut [list, count, to])
     }
 
-    fn launch(&self, stream: sys::CUstream, kernel: sys::CUfunction, count: u64, args: &mut [u64]) -> Result<()> {
+    fn launch(
+        &self,
+        stream: sys::CUstream,
+        kernel: sys::CUfunction,
+        count: u64,
+        args: &mut [u64],
+    ) -> Result<()> {
         if count == 0 {
             return Ok(());
         }
@@ -70,7 +74,17 @@ impl Kernels {
         // the call.
         check("cuLaunchKernel", unsafe {
             sys::cuLaunchKernel(
-                kernel, blocks, 1, 1, THREADS, 1, 1, 0, stream, pointers.as_mut_ptr(), ptr::null_mut(),
+                kernel,
+                blocks,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                stream,
+                pointers.as_mut_ptr(),
+                ptr::null_mut(),
             )
         })
     }

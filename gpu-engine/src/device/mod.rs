@@ -136,15 +136,6 @@ pub trait Pinned: Send {
     fn bytes_mut(&mut self) -> &mut [u8];
 }
 
-/// Where chunks of GPU memory are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Chunks {
-    /// One behind the other from this address on.
-    Run(u64),
-    /// Anywhere: their addresses, a u64 each, are in GPU memory at this address.
-    List(u64),
-}
-
 /// A queue of copies on one GPU. Operations run in order and asynchronously; [`Stream::wait`] waits for all, and so does
 /// dropping it: drop it before the buffers and regions it was given.
 pub trait Stream: Send {
@@ -154,13 +145,11 @@ pub trait Stream: Send {
     fn copy_out(&mut self, address: u64, to: &mut dyn Pinned, at: usize, len: usize) -> Result<()>;
     /// GPU ← host: `len` bytes from offset `at` of `from` to `address`. `from` as in [`Stream::copy_out`].
     fn copy_in(&mut self, address: u64, from: &mut dyn Pinned, at: usize, len: usize) -> Result<()>;
-    /// GPU ← the same GPU.
-    fn copy_within(&mut self, to: u64, from: u64, len: u64) -> Result<()>;
     /// Sets `len` bytes at `address` to zero.
     fn zero(&mut self, address: u64, len: u64) -> Result<()>;
-    /// Digests of `count` whole chunks ([`phos_digest`]) to offset `at` of `to`, 16 bytes each. `to` as in
-    /// [`Stream::copy_out`].
-    fn digest(&mut self, chunks: Chunks, count: u64, to: &mut dyn Pinned, at: usize) -> Result<()>;
+    /// Digests ([`phos_digest`]) of the `count` chunks whose addresses (u64 each) are in GPU memory at `list` to `to`, 16
+    /// bytes each. `to` as in [`Stream::copy_out`].
+    fn digest(&mut self, list: u64, count: u64, to: &mut dyn Pinned) -> Result<()>;
     /// Copies the `count` chunks whose addresses (u64 each) are in GPU memory at `list` to `to`, one behind the other.
     fn gather(&mut self, list: u64, count: u64, to: u64) -> Result<()>;
     /// Waits until everything submitted is done.

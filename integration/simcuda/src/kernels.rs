@@ -87,10 +87,10 @@ fn listed(space: &Space, list: u64, n: u64) -> Result<u64> {
 
 /// chunks.cu: digests of chunks, to page-locked host memory.
 fn digest(args: &[u64]) -> Result<()> {
-    let [base, list, count, out] = *args else { return Err(ILLEGAL_ADDRESS) };
+    let [list, count, out] = *args else { return Err(ILLEGAL_ADDRESS) };
     for n in 0..count {
         let digest = space::using(|s| {
-            let at = if list == 0 { base + n * phos_digest::CHUNK as u64 } else { listed(s, list, n)? };
+            let at = listed(s, list, n)?;
             // SAFETY: checked by `words`. A program may write here meanwhile, as on a GPU; what is read then is some mix.
             let data = unsafe { &*words(s, at, phos_digest::CHUNK as u64 / 4)? };
             // SAFETY: words are bytes.
