@@ -135,7 +135,8 @@ mod tests {
 
     fn chosen(strategy: Strategy, leave_running: bool, fits: bool, share: f64) -> (bool, bool) {
         let second = Duration::from_secs(1);
-        let plan = choose(strategy, leave_running, 20_000_000_000, fits, || Ok::<_, ()>((share, second))).unwrap();
+        let plan =
+            choose(strategy, leave_running, 20_000_000_000, fits, || Ok::<_, ()>((share, second))).unwrap();
         (plan.precopy, plan.spare)
     }
 

@@ -26,7 +26,9 @@ fn comes_back(container: &Container<'_>, name: &str) -> Result<()> {
 
 fn each_strategy(tools: &Tools) -> Result<()> {
     let place = Place::new(tools)?;
-    for (strategy, precopied, snapshot) in [("precopy", true, true), ("snapshot", false, true), ("stop", false, false)] {
+    for (strategy, precopied, snapshot) in
+        [("precopy", true, true), ("snapshot", false, true), ("stop", false, false)]
+    {
         let container = started(&place, &["--mib", "40"], strategy)?;
         let report = container.checkpoint_with("running", &["--leave-running"])?;
         assert_eq!(report["precopy_rounds"].as_u64() > Some(0), precopied, "{strategy}: {report}");
@@ -56,14 +58,19 @@ fn incremental(tools: &Tools) -> Result<()> {
     let whole = container.checkpoint_with("1", &["--leave-running"])?;
     let (mut least, mut last) = (u64::MAX, String::from("1"));
     for name in ["2", "3", "4"] {
-        let report = container.checkpoint_with(name, &["--leave-running", "--parent-path", &parent(&last)])?;
+        let report =
+            container.checkpoint_with(name, &["--leave-running", "--parent-path", &parent(&last)])?;
         least = least.min(report["written_bytes"].as_u64().unwrap_or(u64::MAX));
         last = name.into();
     }
     let whole = whole["written_bytes"].as_u64().unwrap_or(0);
     assert!(least * 10 < whole, "at best {least} bytes of {whole}");
     container.steps(1)?;
-    let text = container.place.command(&container.runtime, &["inspect", "--verify", &container.image("4").display().to_string()], false)?;
+    let text = container.place.command(
+        &container.runtime,
+        &["inspect", "--verify", &container.image("4").display().to_string()],
+        false,
+    )?;
     assert!(text.text.contains("parent"), "{}", text.text);
     comes_back(&container, "4")?;
     // Without the image it builds on, it is refused, and nothing is started.

@@ -191,7 +191,10 @@ mod tests {
         let full = "--root /r checkpoint --trace /t --image-path /i --trace=/u --leave-running c";
         assert_eq!(line(full, TRACE), "--root /r checkpoint --image-path /i --leave-running c");
         assert_eq!(line(full, "leave-running"), full.replace(" --leave-running", ""));
-        assert_eq!(line("checkpoint --image-path --trace -- --trace", TRACE), "checkpoint --image-path --trace -- --trace");
+        assert_eq!(
+            line("checkpoint --image-path --trace -- --trace", TRACE),
+            "checkpoint --image-path --trace -- --trace"
+        );
         assert_eq!(line("", TRACE), "");
     }
 

@@ -98,7 +98,8 @@ impl Config {
 
     /// How memory is copied. The environment wins over the container's annotation, and that over the file.
     pub fn strategy(&self, annotation: Option<&str>) -> Result<Strategy> {
-        let named = env::var("PHOS_STRATEGY").ok().or(annotation.map(Into::into)).or_else(|| self.strategy.clone());
+        let named =
+            env::var("PHOS_STRATEGY").ok().or(annotation.map(Into::into)).or_else(|| self.strategy.clone());
         named.map_or(Ok(Strategy::Auto), |s| s.parse().map_err(anyhow::Error::msg))
     }
 

@@ -24,9 +24,7 @@ fn events(spans: &[Span]) -> Vec<Value> {
             "ts": span.begin_ms * 1e3, "dur": span.ms * 1e3,
         }));
     }
-    let named = |(n, name): (usize, &&str)| {
-        json!({ "ph": "M", "pid": 1, "tid": n + 1, "name": "thread_name", "args": { "name": name } })
-    };
+    let named = |(n, name): (usize, &&str)| json!({ "ph": "M", "pid": 1, "tid": n + 1, "name": "thread_name", "args": { "name": name } });
     let names = tracks.iter().enumerate().map(named);
     names.chain(events.iter().cloned()).collect()
 }
@@ -43,11 +41,21 @@ mod tests {
 
     #[test]
     fn every_span_is_on_its_named_track() {
-        let span = |name: &str, track: &str, begin_ms| Span { name: name.into(), track: track.into(), begin_ms, ms: 2.0 };
-        let events = events(&[span("park", "p 1", 1.0), span("CRIU", "engine", 3.0), span("attach", "p 1", 5.0)]);
-        let tracks: Vec<_> = events.iter().filter(|e| e["ph"] == "M").map(|e| e["args"]["name"].clone()).collect();
+        let span = |name: &str, track: &str, begin_ms| Span {
+            name: name.into(),
+            track: track.into(),
+            begin_ms,
+            ms: 2.0,
+        };
+        let events =
+            events(&[span("park", "p 1", 1.0), span("CRIU", "engine", 3.0), span("attach", "p 1", 5.0)]);
+        let tracks: Vec<_> =
+            events.iter().filter(|e| e["ph"] == "M").map(|e| e["args"]["name"].clone()).collect();
         assert_eq!(tracks, ["p 1", "engine"]);
         let attach = events.iter().find(|e| e["name"] == "attach").unwrap();
-        assert_eq!((attach["tid"].as_u64(), attach["ts"].as_f64(), attach["dur"].as_f64()), (Some(1), Some(5e3), Some(2e3)));
+        assert_eq!(
+            (attach["tid"].as_u64(), attach["ts"].as_f64(), attach["dur"].as_f64()),
+            (Some(1), Some(5e3), Some(2e3))
+        );
     }
 }

@@ -218,7 +218,12 @@ impl Lane<'_> {
     }
 
     /// Gives what is in a buffer to the sink.
-    fn store(&self, batch: Batch, turn: usize, copied: &mut Vec<(ChunkRef, Saved)>) -> Result<(), EngineError> {
+    fn store(
+        &self,
+        batch: Batch,
+        turn: usize,
+        copied: &mut Vec<(ChunkRef, Saved)>,
+    ) -> Result<(), EngineError> {
         let chunks = &self.chunks[batch.first..batch.first + batch.count];
         let bytes = self.ring.0[turn].bytes();
         let (data, digests) = bytes.split_at(PIECE);
@@ -227,7 +232,8 @@ impl Lane<'_> {
             .take(batch.count)
             .map(|d| Digest::from_bytes(std::array::from_fn(|i| d[i])))
             .collect();
-        let mut places: Vec<_> = chunks.iter().map(|c| self.known.saved(*c).map(|(_, place)| place)).collect();
+        let mut places: Vec<_> =
+            chunks.iter().map(|c| self.known.saved(*c).map(|(_, place)| place)).collect();
         self.sink.put(self.number, &data[..batch.count * CHUNK], &digests, &mut places)?;
         for ((chunk, digest), place) in chunks.iter().zip(digests).zip(places) {
             let place = place.ok_or(EngineError::Order("a chunk was not stored"))?;

@@ -197,8 +197,9 @@ mod tests {
     fn batches_hold_only_what_lies_together() {
         let ledger = ledger();
         let mut chunks = ledger.all();
-        let counts =
-            |chunks: &[ChunkRef], most| ledger.batches(chunks, most).iter().map(|b| b.count).collect::<Vec<_>>();
+        let counts = |chunks: &[ChunkRef], most| {
+            ledger.batches(chunks, most).iter().map(|b| b.count).collect::<Vec<_>>()
+        };
         assert_eq!(counts(&chunks, 32), [4, 2]);
         assert_eq!(counts(&chunks, 3), [3, 1, 2]);
         chunks.remove(1);

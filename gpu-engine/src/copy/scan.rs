@@ -74,7 +74,13 @@ impl Scanner {
     }
 
     /// The GPU's list with room for `least`; if it has to be made, with room for `want`.
-    fn list(&mut self, device: &dyn Device, gpu: GpuId, want: usize, least: usize) -> Result<&mut List, DeviceError> {
+    fn list(
+        &mut self,
+        device: &dyn Device,
+        gpu: GpuId,
+        want: usize,
+        least: usize,
+    ) -> Result<&mut List, DeviceError> {
         if self.lists.get(&gpu).is_none_or(|l| l.capacity < least) {
             self.lists.insert(gpu, List::allocate(device, gpu, want.max(least))?);
         }

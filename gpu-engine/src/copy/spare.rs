@@ -86,7 +86,12 @@ impl Spare {
                 let end = held.len().min(done + chunks_in(part));
                 for first in (done..end).step_by(most) {
                     let address = part.address + ((first - done) * CHUNK) as u64;
-                    batches.push(Batch { gpu: *gpu, address, first: base + first, count: most.min(end - first) });
+                    batches.push(Batch {
+                        gpu: *gpu,
+                        address,
+                        first: base + first,
+                        count: most.min(end - first),
+                    });
                 }
                 done = end;
             }

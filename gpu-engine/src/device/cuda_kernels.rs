@@ -8,10 +8,11 @@ use cudarc::driver::sys;
 use super::cuda::check;
 use super::{Chunks, Result};
 
-const PTX: &CStr = match CStr::from_bytes_with_nul(concat!(include_str!("../../kernels/chunks.ptx"), "\0").as_bytes()) {
-    Ok(text) => text,
-    Err(_) => panic!("PTX is text"),
-};
+const PTX: &CStr =
+    match CStr::from_bytes_with_nul(concat!(include_str!("../../kernels/chunks.ptx"), "\0").as_bytes()) {
+        Ok(text) => text,
+        Err(_) => panic!("PTX is text"),
+    };
 /// Threads of a block, as the kernels are written for.
 const THREADS: u32 = 256;
 /// Blocks for each multiprocessor: enough loads in flight to keep the memory busy.
@@ -60,7 +61,13 @@ impl Kernels {
         self.launch(stream, self.gather, count, &mut [list, count, to])
     }
 
-    fn launch(&self, stream: sys::CUstream, kernel: sys::CUfunction, count: u64, args: &mut [u64]) -> Result<()> {
+    fn launch(
+        &self,
+        stream: sys::CUstream,
+        kernel: sys::CUfunction,
+        count: u64,
+        args: &mut [u64],
+    ) -> Result<()> {
         if count == 0 {
             return Ok(());
         }
@@ -70,7 +77,17 @@ impl Kernels {
         // the call.
         check("cuLaunchKernel", unsafe {
             sys::cuLaunchKernel(
-                kernel, blocks, 1, 1, THREADS, 1, 1, 0, stream, pointers.as_mut_ptr(), ptr::null_mut(),
+                kernel,
+                blocks,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                stream,
+                pointers.as_mut_ptr(),
+                ptr::null_mut(),
             )
         })
     }

@@ -9,8 +9,8 @@ use super::chunks::ChunkTable;
 use super::manifest::MAX_BYTES;
 use super::writer::hex;
 use super::{
-    Allocation, CHUNK, FEATURE_PARENT, FEATURE_PRE_DUMP, INDEX, ImageError, Location, MANIFEST, Manifest, Saved,
-    VERSION,
+    Allocation, CHUNK, FEATURE_PARENT, FEATURE_PRE_DUMP, INDEX, ImageError, Location, MANIFEST, Manifest,
+    Saved, VERSION,
 };
 
 /// Longest chain of images that build on each other.
@@ -133,7 +133,8 @@ impl Image {
         }
         if let Some(entry) = &manifest.parent {
             let parent = folder.join(&entry.path);
-            let wrong = |what: String| ImageError::Parent { path: folder.into(), parent: parent.clone(), what };
+            let wrong =
+                |what: String| ImageError::Parent { path: folder.into(), parent: parent.clone(), what };
             if Path::new(&entry.path).is_absolute() {
                 return Err(bad("the path of its parent is not relative".into()));
             }

@@ -187,7 +187,8 @@ impl Sink for ImageWriter {
             };
             debug_assert!(offset.is_multiple_of(ALIGN));
             let follows = |n: &usize| {
-                places.get(*n) == Some(&Some(Location::File { file, offset: offset + ((*n - from) * CHUNK) as u64 }))
+                places.get(*n)
+                    == Some(&Some(Location::File { file, offset: offset + ((*n - from) * CHUNK) as u64 }))
             };
             let end = (from..=places.len()).find(|n| !follows(n)).unwrap_or(places.len());
             self.files[file as usize].write(&data[from * CHUNK..end * CHUNK], offset)?;

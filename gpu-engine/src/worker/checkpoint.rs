@@ -237,7 +237,11 @@ impl Checkpoint<'_> {
     }
 
     /// Decides how to copy.
-    fn choose(&self, session: &mut Session<'_>, parent: Option<&ParentEntry>) -> Result<CopyPlan, EngineError> {
+    fn choose(
+        &self,
+        session: &mut Session<'_>,
+        parent: Option<&ParentEntry>,
+    ) -> Result<CopyPlan, EngineError> {
         let demand = plan::demand_by_gpu(self.subjects.iter().flat_map(|s| &s.pieces).map(|p| &p.held));
         let bytes = demand.values().sum();
         let mut fits = plan::snapshot_fits(&demand, &self.device.gpus()?, SPARE_RESERVE);
@@ -293,7 +297,11 @@ impl Checkpoint<'_> {
             session.prepare_scan()?;
         }
         if plan.spare {
-            let dirty = if plan.precopy || self.job.parent.is_some() { session.dirty()? } else { session.ledger.all() };
+            let dirty = if plan.precopy || self.job.parent.is_some() {
+                session.dirty()?
+            } else {
+                session.ledger.all()
+            };
             let dirty = save::bytes_by_gpu(&session.ledger, &dirty);
             let demand = save::bytes_by_gpu(&session.ledger, &session.ledger.all());
             let wanted = plan::spare_wanted(&demand, &dirty, &self.device.gpus()?, SPARE_RESERVE);

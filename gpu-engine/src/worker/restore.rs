@@ -144,12 +144,13 @@ impl Restore {
         };
         let mut load_time = Duration::ZERO;
         let (loading, began) = (self.loading, self.began);
-        let woken = wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, progress, || {
-            let panicked = |_| Err(EngineError::Order("the load thread panicked"));
-            load_time = loading.join().unwrap_or_else(panicked)?;
-            progress.span("load", "copy", began, load_time);
-            Ok(())
-        })?;
+        let woken =
+            wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, progress, || {
+                let panicked = |_| Err(EngineError::Order("the load thread panicked"));
+                load_time = loading.join().unwrap_or_else(panicked)?;
+                progress.span("load", "copy", began, load_time);
+                Ok(())
+            })?;
         let ms = |d: Duration| d.as_secs_f64() * 1e3;
         Ok(RestoreReport {
             processes: manifest.processes.len() as u32,

@@ -10,8 +10,8 @@ use crate::copy::{BlockId, ChunkRef, Ledger};
 use crate::device::{Device, GpuId};
 use crate::error::EngineError;
 use crate::image::{
-    Allocation, CHUNK, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, GpuEntry, Image, ImageError, ImageWriter,
-    IndexEntry, LibraryEntry, Location, Manifest, ParentEntry, ProcessEntry, Saved, VERSION,
+    Allocation, CHUNK, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, GpuEntry, Image, ImageError,
+    ImageWriter, IndexEntry, LibraryEntry, Location, Manifest, ParentEntry, ProcessEntry, Saved, VERSION,
 };
 use crate::job::{CheckpointJob, CheckpointReport};
 

@@ -12,8 +12,8 @@ use crate::device::{Device, ProcessState};
 use crate::error::EngineError;
 use crate::job::Timeouts;
 use crate::keeper::wire::KeptProcess;
-use crate::progress::Progress;
 use crate::peer::{AttachListener, ControlDir, Library, PeerError};
+use crate::progress::Progress;
 
 /// A process to bring back and the memory to give it.
 pub struct Sleeper {
