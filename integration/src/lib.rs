@@ -1,6 +1,7 @@
 //! What tests and demo need to run containers with a (simulated) GPU: an isolated place to do it in, bundles, the
 //! runtime's command line, the sample program's status lines.
 
+pub mod application;
 pub mod bundle;
 pub mod container;
 pub mod containerd;

@@ -165,7 +165,7 @@ fn converse(connection: &Connection) -> Result<bool, Failure> {
 
 fn report(connection: &Connection, failure: Failure) {
     match failure {
-        Failure::Answer(code, text) => {
+        Failure::Answer(code, text) | Failure::Parked(code, text) => {
             crate::log!("{text}");
             let _ = connection.send(&Message::Failed { code, text }, &[]);
         }
@@ -234,7 +234,13 @@ fn run(folder: &Path) {
             match converse(&connection) {
                 Ok(true) => break true,
                 Ok(false) => {}
-                Err(failure) => report(&connection, failure),
+                Err(failure) => {
+                    let parked = matches!(failure, Failure::Parked(..));
+                    report(&connection, failure);
+                    if parked {
+                        break true;
+                    }
+                }
             }
         };
         // Nothing may be left open that the host's checkpoint of this process would stumble over.

@@ -113,7 +113,10 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
                 asked_types: 0,
                 shared: false,
             });
-            table.insert_mapping(address, Mapping { len: size, physical, access: vec![access] });
+            table.insert_mapping(
+                address,
+                Mapping { len: size, physical, access: vec![access], present: true },
+            );
             Ok(address)
         }
         Err(status) => {

@@ -16,9 +16,13 @@ use crate::real::api;
 use crate::table::{self, Table};
 use std::sync::atomic::Ordering;
 
-/// Why a request failed: code and text of [`Message::Failed`]; or the connection did.
+/// Why a request failed.
 pub enum Failure {
+    /// Code and text of [`Message::Failed`].
     Answer(u32, String),
+    /// The same, but the process is parked: the host must give everything back.
+    Parked(u32, String),
+    /// The connection did.
     Connection(TransportError),
 }
 
@@ -148,7 +152,8 @@ pub fn send_table(connection: &Connection, since: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Stops all GPU work, hands the memory over and lets it go. On failure everything is as before.
+/// Stops all GPU work, hands the memory over and lets it go. On failure everything is as before, unless it says
+/// otherwise ([`Failure::Parked`]).
 pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32) -> Result<Timings, Failure> {
     relax_capture();
     let begin = Instant::now();
@@ -180,7 +185,24 @@ pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32)
     if flags & PARK_LOW_STACK != 0 {
         lower_stacks(&mut table);
     }
-    release(&mut table)?;
+    if let Err((status, address)) = let_go(&mut table) {
+        let text = format!("cuMemUnmap of {address:#x} failed with CUDA error {status}");
+        return Err(match map_again(&mut table) {
+            Ok(()) => {
+                raise_stacks(&mut table);
+                drop(table);
+                gate::open();
+                Failure::Answer(failure::CUDA, text)
+            }
+            // The host holds every fd: it can bring back what this process could not.
+            Err(_) => {
+                unmap(&mut table);
+                forget(&mut table);
+                Failure::Parked(failure::CUDA, text)
+            }
+        });
+    }
+    forget(&mut table);
     let us = |from: Instant, to: Instant| (to - from).as_micros() as u64;
     Ok(Timings {
         drain_us: us(begin, drained),
@@ -222,16 +244,28 @@ fn raise_stacks(table: &mut Table) {
     unsafe { (api().ctx_set)(std::ptr::null_mut()) };
 }
 
-/// Unmaps and releases everything; the host's fds alone keep it alive.
-fn release(table: &mut Table) -> Result<(), Failure> {
-    let mut failed = None;
-    for (address, mapping) in &table.mappings {
+/// Unmaps everything, up to the first failure: its status and address.
+fn let_go(table: &mut Table) -> Result<(), (Status, u64)> {
+    for (address, mapping) in table.mappings.iter_mut().filter(|(_, m)| m.present) {
         // SAFETY: mapped by this process, and no work is running that could use it.
-        let status = unsafe { (api().unmap)(*address, mapping.len) };
-        if status != SUCCESS {
-            failed = Some(cuda("cuMemUnmap", status));
+        match unsafe { (api().unmap)(*address, mapping.len) } {
+            SUCCESS => mapping.present = false,
+            status => return Err((status, *address)),
         }
     }
+    Ok(())
+}
+
+/// Unmaps what can be unmapped.
+fn unmap(table: &mut Table) {
+    for (address, mapping) in table.mappings.iter_mut().filter(|(_, m)| m.present) {
+        // SAFETY: as in `let_go`.
+        mapping.present = unsafe { (api().unmap)(*address, mapping.len) } != SUCCESS;
+    }
+}
+
+/// Releases every handle and closes every fd; the host's fds alone keep the memory alive.
+fn forget(table: &mut Table) {
     for physical in table.physical.values_mut() {
         if physical.handle != 0 {
             // SAFETY: the table holds the only reference to the driver's handle.
@@ -240,36 +274,26 @@ fn release(table: &mut Table) -> Result<(), Failure> {
         }
         physical.fd.close();
     }
-    failed.map_or(Ok(()), Err)
 }
 
-/// Receives the fds again, maps everything where it was and opens the gate.
+/// Receives the fds again, maps everything where it was and opens the gate. On failure the process is parked as before,
+/// and can be attached by another conversation.
 pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
     relax_capture();
     let begin = Instant::now();
-    let protocol = |text: &str| Failure::Answer(failure::PROTOCOL, text.into());
-    let Message::Attach { handles } = connection.receive()?.0 else {
-        return Err(protocol("expected Attach"));
-    };
     let mut table = table::lock();
-    if handles != table.physical.len() as u64 {
-        let text = format!("{handles} allocations offered, {} were parked", table.physical.len());
-        return Err(protocol(&text));
-    }
-    let mut received = 0;
-    while received < handles {
-        let (message, fds) = connection.receive()?;
-        let Message::Entries(entries) = message else { return Err(protocol("expected Entries")) };
-        for (entry, fd) in entries.into_iter().zip(fds) {
-            let Some(physical) = table.physical.get_mut(&entry.id).filter(|p| p.fd.is_none()) else {
-                return Err(protocol("an allocation that was not parked"));
-            };
-            physical.fd = Kept::new(fd.into_raw_fd());
-            received += 1;
+    let result = receive_all(connection, &mut table).and_then(|()| {
+        let transferred = Instant::now();
+        map_again(&mut table).map(|()| transferred)
+    });
+    let transferred = match result {
+        Ok(transferred) => transferred,
+        Err(failure) => {
+            unmap(&mut table);
+            forget(&mut table);
+            return Err(failure);
         }
-    }
-    let transferred = Instant::now();
-    map_again(&mut table)?;
+    };
     raise_stacks(&mut table);
     drop(table);
     gate::open();
@@ -280,9 +304,38 @@ pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
     })
 }
 
+/// Receives the fd of every allocation.
+fn receive_all(connection: &Connection, table: &mut Table) -> Result<(), Failure> {
+    let protocol = |text: &str| Failure::Answer(failure::PROTOCOL, text.into());
+    let Message::Attach { handles } = connection.receive()?.0 else {
+        return Err(protocol("expected Attach"));
+    };
+    if handles != table.physical.len() as u64 {
+        let text = format!("{handles} allocations offered, {} were parked", table.physical.len());
+        return Err(protocol(&text));
+    }
+    let mut received = 0;
+    while received < handles {
+        let (message, fds) = connection.receive()?;
+        let Message::Entries(entries) = message else { return Err(protocol("expected Entries")) };
+        if entries.is_empty() || entries.len() != fds.len() {
+            return Err(protocol("as many fds as entries must come"));
+        }
+        for (entry, fd) in entries.into_iter().zip(fds) {
+            let Some(physical) = table.physical.get_mut(&entry.id).filter(|p| p.fd.is_none()) else {
+                return Err(protocol("an allocation that was not parked"));
+            };
+            physical.fd = Kept::new(fd.into_raw_fd());
+            received += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Imports and maps what is not mapped, with the access rights it had.
 fn map_again(table: &mut Table) -> Result<(), Failure> {
     let check = |call: &str, status| if status == SUCCESS { Ok(()) } else { Err(cuda(call, status)) };
-    for physical in table.physical.values_mut() {
+    for physical in table.physical.values_mut().filter(|p| p.handle == 0) {
         let fd = physical
             .fd
             .get()
@@ -292,12 +345,14 @@ fn map_again(table: &mut Table) -> Result<(), Failure> {
             unsafe { (api().import)(&mut physical.handle, fd as usize as *mut std::ffi::c_void, HANDLE_FD) };
         check("cuMemImportFromShareableHandle", status)?;
     }
-    for (address, mapping) in &table.mappings {
-        let Some(physical) = table.physical.get(&mapping.physical) else { continue };
+    let Table { physical, mappings, .. } = &mut *table;
+    for (address, mapping) in mappings.iter_mut().filter(|(_, m)| !m.present) {
+        let Some(physical) = physical.get(&mapping.physical) else { continue };
         // SAFETY: the address range is still reserved and nothing is mapped there; the descriptors are the
         // application's own.
         unsafe {
             check("cuMemMap", (api().map)(*address, mapping.len, 0, physical.handle, 0))?;
+            mapping.present = true;
             if !mapping.access.is_empty() {
                 let status =
                     (api().set_access)(*address, mapping.len, mapping.access.as_ptr(), mapping.access.len());

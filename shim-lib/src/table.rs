@@ -47,6 +47,8 @@ pub struct Mapping {
     pub physical: u64,
     /// Access rights in the order they were first given.
     pub access: Vec<AccessDesc>,
+    /// The driver has it mapped now; not so while parked.
+    pub present: bool,
 }
 
 /// A plain allocation with a physical one of its own.
@@ -251,8 +253,8 @@ mod tests {
     fn memory_lives_while_it_is_held_or_mapped() {
         let mut t = Table::default();
         let id = t.insert(physical());
-        t.insert_mapping(0x1000, Mapping { len: 16, physical: id, access: vec![] });
-        t.insert_mapping(0x2000, Mapping { len: 16, physical: id, access: vec![] });
+        t.insert_mapping(0x1000, Mapping { len: 16, physical: id, access: vec![], present: true });
+        t.insert_mapping(0x2000, Mapping { len: 16, physical: id, access: vec![], present: true });
         t.physical.get_mut(&id).unwrap().references = 0;
         t.drop_if_unused(id);
         assert!(t.physical.contains_key(&id));

@@ -131,7 +131,7 @@ pub unsafe extern "C" fn cuMemMap(
     if result == SUCCESS {
         // Of imported memory the driver tells no size; it is mapped whole.
         physical.size = physical.size.max(size as u64);
-        table.insert_mapping(address, Mapping { len: size, physical: id, access: Vec::new() });
+        table.insert_mapping(address, Mapping { len: size, physical: id, access: Vec::new(), present: true });
     }
     result
 }

@@ -23,10 +23,11 @@ use anyhow::{Context, Result, bail};
 use crate::cuda::Cuda;
 use crate::state::State;
 
-const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--steps N] [--step-ms N] [--verify-every N] [--stop-file FILE] [--hang-file FILE]
+const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--small N] [--steps N] [--step-ms N] [--verify-every N] [--stop-file FILE] [--hang-file FILE]
 
   --out FILE          where the status lines go
   --mib N             MiB of GPU memory to hold (64)
+  --small N           and so many allocations of 4 to 1024 bytes (0)
   --steps N           end after so many steps (0: never)
   --step-ms N         wait so long after each step (5)
   --verify-every N    verify the whole state every so many steps (1)
@@ -36,6 +37,7 @@ const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--steps N] [--step
 struct Options {
     out: PathBuf,
     mib: u64,
+    small: u64,
     steps: u64,
     step_ms: u64,
     verify_every: u64,
@@ -47,6 +49,7 @@ fn options() -> Result<Options> {
     let mut o = Options {
         out: PathBuf::new(),
         mib: 64,
+        small: 0,
         steps: 0,
         step_ms: 5,
         verify_every: 1,
@@ -67,6 +70,7 @@ fn options() -> Result<Options> {
         match name.as_str() {
             "--out" => o.out = value.into(),
             "--mib" => o.mib = number()?.max(8),
+            "--small" => o.small = number()?,
             "--steps" => o.steps = number()?,
             "--step-ms" => o.step_ms = number()?,
             "--verify-every" => o.verify_every = number()?.max(1),
@@ -91,7 +95,7 @@ fn monotonic_ms() -> u128 {
 fn run() -> Result<()> {
     let options = options()?;
     let cuda = Cuda::load()?;
-    let mut state = State::allocate(&cuda, options.mib << 20)?;
+    let mut state = State::allocate(&cuda, options.mib << 20, options.small as usize)?;
     let mut longest = Duration::ZERO;
     let mut last = Instant::now();
     let stop = |step: u64| {

@@ -16,6 +16,8 @@ const PTX: &str = include_str!("../kernels/sample.ptx");
 const BLOCK: u64 = 2 << 20;
 /// Largest plain allocation.
 const LARGE: u64 = 32 << 20;
+/// Small allocations that one step changes.
+const WINDOW: usize = 1000;
 
 struct Buffer {
     address: u64,
@@ -34,6 +36,8 @@ pub struct State<'a> {
     streams: [Handle; 2],
     event: Handle,
     buffers: Vec<Buffer>,
+    /// Many allocations of a few bytes, of which each step changes the next [`WINDOW`].
+    small: Vec<Buffer>,
     /// The running sum of the first buffer.
     sum: Buffer,
     flag: *const AtomicU32,
@@ -41,8 +45,8 @@ pub struct State<'a> {
 }
 
 impl<'a> State<'a> {
-    /// Allocates about `bytes` of GPU memory.
-    pub fn allocate(cuda: &'a Cuda, bytes: u64) -> Result<Self> {
+    /// Allocates about `bytes` of GPU memory, and `small` allocations of 4 to 1024 bytes beside them.
+    pub fn allocate(cuda: &'a Cuda, bytes: u64, small: usize) -> Result<Self> {
         let mut device = 0;
         cuda.device_get(&mut device, 0)?;
         let mut context = ptr::null_mut();
@@ -75,6 +79,7 @@ impl<'a> State<'a> {
             streams,
             event,
             buffers: Vec::new(),
+            small: Vec::new(),
             sum: Buffer { address: 0, words: 1000, line: Line::default() },
             flag: flag.cast(),
             steps: 0,
@@ -94,6 +99,10 @@ impl<'a> State<'a> {
             let size = left.min(LARGE);
             state.plain((size / 4) as usize)?;
             left -= size;
+        }
+        for i in 0..small {
+            let buffer = state.make(1 + i * 37 % 256, |cuda, at, len| cuda.alloc(at, len))?;
+            state.small.push(buffer);
         }
         cuda.synchronize()?;
         Ok(state)
@@ -142,9 +151,16 @@ impl<'a> State<'a> {
         self.cuda.launch(function, blocks, 1, 1, 256, 1, 1, 0, stream, args.as_mut_ptr(), ptr::null_mut())
     }
 
+    /// The small allocations that a step changes.
+    fn window(&self, step: u64) -> impl Iterator<Item = usize> + use<> {
+        let (count, first) = (self.small.len(), step as usize * WINDOW);
+        (0..count.min(WINDOW)).map(move |i| (first + i) % count)
+    }
+
     /// Computes one step, on both streams.
     pub fn advance(&mut self, step: u64) -> Result<()> {
-        for (i, buffer) in self.buffers.iter().enumerate() {
+        let window = self.window(step).map(|i| &self.small[i]);
+        for (i, buffer) in self.buffers.iter().chain(window).enumerate() {
             let (mut address, mut words, mut salt) = (buffer.address, buffer.words as u64, salt(step, i));
             let args = &mut [(&raw mut address).cast(), (&raw mut words).cast(), (&raw mut salt).cast()];
             self.launch(self.advance, words, self.streams[i % 2], args)?;
@@ -175,6 +191,10 @@ impl<'a> State<'a> {
         for (i, buffer) in self.buffers.iter_mut().enumerate() {
             buffer.line.advance(salt(step, i));
         }
+        let large = self.buffers.len();
+        for (i, index) in self.window(step).enumerate() {
+            self.small[index].line.advance(salt(step, large + i));
+        }
         self.sum.line.combine(self.buffers[0].line);
         self.steps += 1;
         Ok(())
@@ -185,7 +205,7 @@ impl<'a> State<'a> {
         let mut digest = 0xcbf2_9ce4_8422_2325u64;
         let mut ok = true;
         let mut words = Vec::new();
-        for buffer in self.buffers.iter().chain([&self.sum]) {
+        for buffer in self.buffers.iter().chain([&self.sum]).chain(&self.small) {
             words.resize(buffer.words, 0u32);
             self.cuda.copy_out(words.as_mut_ptr().cast(), buffer.address, buffer.words * 4)?;
             for (i, word) in words.iter().enumerate() {

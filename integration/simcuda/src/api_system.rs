@@ -35,6 +35,9 @@ macro_rules! export {
             #[unsafe(no_mangle)]
             pub unsafe extern "C" fn $name($($arg: $type),*) -> crate::code::Code {
                 let _call = crate::checkpoint::enter();
+                if let Some(code) = crate::fault::due(stringify!($name)) {
+                    return code;
+                }
                 let body = || -> crate::code::Result<()> { $body };
                 crate::code::of(body())
             }

@@ -8,6 +8,7 @@
 //! module      PTX text → the names and parameters of its kernels and variables
 //! kernels     the kernels themselves, as host functions
 //! checkpoint  the driver's checkpoint calls, across processes
+//! fault       calls that fail on purpose
 //! api_*       the exported functions, with CUDA's own signatures and error codes
 //! ```
 
@@ -21,6 +22,7 @@ mod checkpoint;
 mod code;
 mod context;
 mod device;
+mod fault;
 mod kernels;
 mod module;
 mod space;

@@ -1,0 +1,82 @@
+//! `libphos.so` call by call: parking, and what happens when the driver fails in the middle of it.
+
+use phos_integration::application::Application;
+
+const MIB: usize = 1 << 20;
+
+/// Three pieces of memory with known contents.
+struct Pieces(Vec<(u64, u32)>);
+
+impl Pieces {
+    fn make(app: &Application) -> Self {
+        let made = (1..=3u32).map(|n| {
+            let address = app.alloc(n as usize * MIB);
+            app.fill(address, n * 0x0101_0101, n as usize * MIB / 4);
+            (address, n)
+        });
+        Pieces(made.collect())
+    }
+
+    fn check(&self, app: &Application) {
+        for (address, n) in &self.0 {
+            let words = app.read(*address, *n as usize * MIB / 4);
+            assert!(words.iter().all(|w| *w == n * 0x0101_0101), "piece {n}");
+        }
+    }
+
+    fn free(self, app: &Application) {
+        self.0.iter().for_each(|(address, _)| app.free(*address));
+    }
+}
+
+#[test]
+fn a_park_that_fails_leaves_the_program_running() {
+    let app = Application::start().unwrap();
+    let pieces = Pieces::make(&app);
+    for nth in 1..=3 {
+        app.fail(&format!("cuMemUnmap:{nth}:999"));
+        let (_, taken) = app.park().unwrap();
+        let error = format!("{:#}", taken.unwrap_err());
+        assert!(error.contains("cuMemUnmap") && error.contains("999"), "{error}");
+        assert!(app.listens().unwrap(), "not parked");
+        pieces.check(&app);
+        app.round_trip().unwrap();
+        pieces.check(&app);
+    }
+    app.fail("");
+    pieces.free(&app);
+}
+
+#[test]
+fn a_park_that_can_go_neither_on_nor_back_is_ended_by_the_host() {
+    let app = Application::start().unwrap();
+    let pieces = Pieces::make(&app);
+    // The second piece cannot be unmapped, and the first cannot be mapped again.
+    app.fail("cuMemUnmap:2:999,cuMemImportFromShareableHandle:1:999");
+    let (parked, taken) = app.park().unwrap();
+    assert!(taken.is_err());
+    assert!(!app.listens().unwrap(), "it waits for the host");
+    app.attach(&parked).unwrap();
+    pieces.check(&app);
+    app.round_trip().unwrap();
+    pieces.check(&app);
+    pieces.free(&app);
+}
+
+#[test]
+fn an_attach_that_fails_can_be_tried_again() {
+    let app = Application::start().unwrap();
+    let pieces = Pieces::make(&app);
+    for function in ["cuMemImportFromShareableHandle", "cuMemMap", "cuMemSetAccess"] {
+        let (parked, taken) = app.park().unwrap();
+        taken.unwrap();
+        for nth in 1..=2 {
+            app.fail(&format!("{function}:{nth}:2"));
+            let error = app.attach(&parked).unwrap_err().to_string();
+            assert!(error.contains(function), "{error}");
+        }
+        app.attach(&parked).unwrap();
+        pieces.check(&app);
+    }
+    pieces.free(&app);
+}
