@@ -18,7 +18,7 @@ use phos_protocol::{Connection, TransportError, VERSION, paths};
 use crate::cuda::{SUCCESS, Status};
 use crate::park::{Failure, attach, park, send_table, summary};
 use crate::real::api;
-use crate::{fds, gate, table};
+use crate::{fds, gate, prefault, table};
 
 /// How long a host may be silent in the middle of a conversation.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -151,7 +151,11 @@ fn converse(connection: &Connection) -> Result<bool, Failure> {
             // The greeting names this side's version; a host of another one says so and hangs up.
             Message::Hello { .. } => connection.send(&greeting(false), &[])?,
             Message::Query => connection.send(&Message::Summary(summary()), &[])?,
-            Message::Table { since } => send_table(connection, since)?,
+            Message::Table { since } => {
+                send_table(connection, since)?;
+                // A host that asks for the memory is about to make a checkpoint.
+                prefault::prepare();
+            }
             Message::Park { since, drain_timeout_ms, flags } => {
                 let timings = park(connection, since, Duration::from_millis(drain_timeout_ms.into()), flags)?;
                 // If the host does not hear this it finds out by itself; the process is parked either way.
@@ -242,12 +246,14 @@ fn run(folder: &Path) {
                     }
                 }
             }
+            prefault::disarm();
         };
         // Nothing may be left open that the host's checkpoint of this process would stumble over.
         fds::close(LISTENER.swap(-1, Ordering::Relaxed));
         let _ = std::fs::remove_file(&path);
         if parked {
             wait_for_host(folder);
+            prefault::disarm();
         }
     }
 }

@@ -5,13 +5,14 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use phos_protocol::message::{Entry, Message, PARK_LOW_STACK, Summary, Timings, failure};
+use phos_protocol::message::{Entry, Message, PARK_LOW_STACK, PARK_PREFAULT, Summary, Timings, failure};
 use phos_protocol::{Connection, MAX_FDS, TransportError};
 
 use crate::contexts;
 use crate::cuda::{CAPTURE_RELAXED, Context, HANDLE_FD, LIMIT_STACK_SIZE, SUCCESS, Status};
 use crate::fds::Kept;
 use crate::gate;
+use crate::prefault;
 use crate::real::api;
 use crate::table::{self, Table};
 use std::sync::atomic::Ordering;
@@ -184,6 +185,9 @@ pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32)
     let mut table = table::lock();
     if flags & PARK_LOW_STACK != 0 {
         lower_stacks(&mut table);
+    }
+    if flags & PARK_PREFAULT != 0 {
+        prefault::arm();
     }
     if let Err((status, address)) = let_go(&mut table) {
         let text = format!("cuMemUnmap of {address:#x} failed with CUDA error {status}");

@@ -9,6 +9,7 @@ use std::{env, fs};
 use phos_protocol::paths;
 
 use crate::cuda::Api;
+use crate::prefault::LinkMap;
 
 struct Library(*mut c_void);
 // SAFETY: a dlopen handle may be used from any thread, and is never closed.
@@ -90,6 +91,27 @@ pub fn find(name: &CStr) -> *mut c_void {
         Some(library) => unsafe { libc::dlsym(library.0, name.as_ptr()) },
         None => std::ptr::null_mut(),
     }
+}
+
+/// What the loader knows of a library; `None` if it does not say.
+///
+/// # Safety
+/// `handle` is of a library that is never unloaded.
+pub unsafe fn link_map(handle: *mut c_void) -> Option<&'static LinkMap> {
+    let mut map: *const LinkMap = std::ptr::null();
+    // SAFETY: the handle is valid; `map` is valid for writing a pointer, which lives as long as the library.
+    unsafe {
+        match libc::dlinfo(handle, libc::RTLD_DI_LINKMAP, (&raw mut map).cast()) {
+            0 => map.as_ref(),
+            _ => None,
+        }
+    }
+}
+
+/// What the loader knows of the driver.
+pub fn map() -> Option<&'static LinkMap> {
+    // SAFETY: the driver is never unloaded.
+    library().and_then(|l| unsafe { link_map(l.0) })
 }
 
 /// Whether there is a driver at all.

@@ -160,6 +160,7 @@ pub fn start() {
 
 fn serve(block: &Block) {
     let mut shared = false;
+    let mut own_state = None;
     loop {
         let asked = block.asked.load(Ordering::SeqCst);
         if block.answered.load(Ordering::SeqCst) == asked {
@@ -174,7 +175,10 @@ fn serve(block: &Block) {
             (CHECKPOINT, LOCKED) => {
                 shared = space::change(|s| s.save());
                 device::release_node();
-                Ok(CHECKPOINTED)
+                OwnState::save().map(|saved| {
+                    own_state = Some(saved);
+                    CHECKPOINTED
+                })
             }
             // What other processes share cannot come back; the process is lost.
             (RESTORE, CHECKPOINTED) if shared => {
@@ -183,7 +187,8 @@ fn serve(block: &Block) {
             }
             (RESTORE, CHECKPOINTED) => {
                 device::hold_node();
-                space::change(|s| s.load()).map(|()| LOCKED)
+                let own = own_state.take().map_or(Ok(()), OwnState::load);
+                own.and_then(|()| space::change(|s| s.load())).map(|()| LOCKED)
             }
             (UNLOCK, LOCKED) => {
                 unlock_calls();
@@ -258,4 +263,45 @@ pub fn ask(pid: i32, request: u32, argument: u32) -> Code {
     };
     unmap(block);
     result
+}
+
+/// What a real driver has to save of itself: one mapping, taken and populated while the process stands still.
+struct OwnState(*mut u8);
+
+impl OwnState {
+    const LEN: usize = 24 << 20;
+
+    fn save() -> Result<Self> {
+        // SAFETY: a new private mapping, written to within its bounds.
+        unsafe {
+            let at = libc::mmap(
+                std::ptr::null_mut(),
+                Self::LEN,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
+                -1,
+                0,
+            );
+            if at == libc::MAP_FAILED {
+                return Err(crate::code::OUT_OF_MEMORY);
+            }
+            let words = std::slice::from_raw_parts_mut(at.cast::<u64>(), Self::LEN / 8);
+            // Anonymous memory is zero, whoever provides it.
+            if words.iter().step_by(509).any(|w| *w != 0) {
+                return Err(ILLEGAL_STATE);
+            }
+            words.iter_mut().enumerate().for_each(|(n, w)| *w = n as u64);
+            Ok(OwnState(at.cast()))
+        }
+    }
+
+    fn load(self) -> Result<()> {
+        // SAFETY: mapped by `save`, and unmapped here only.
+        unsafe {
+            let words = std::slice::from_raw_parts(self.0.cast::<u64>(), Self::LEN / 8);
+            let whole = words.iter().enumerate().all(|(n, w)| *w == n as u64);
+            libc::munmap(self.0.cast(), Self::LEN);
+            if whole { Ok(()) } else { Err(ILLEGAL_STATE) }
+        }
+    }
 }
