@@ -73,7 +73,7 @@ def spec(command, annotations, more_env=()):
         devices.append(dict(path=path, type="c", major=major, minor=minor, fileMode=0o666, uid=0, gid=0))
         rules.append(dict(allow=True, type="c", major=major, minor=minor, access="rwm"))
     caps = [f"CAP_{c}" for c in ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID", "SYS_ADMIN", "SYS_PTRACE", "KILL")]
-    env = [f"PATH={os.environ['PATH']}", f"LD_LIBRARY_PATH={DRIVER}/lib64", "HOME=/root", "CUBLAS_WORKSPACE_CONFIG=:4096:8",
+    env = [f"PATH={os.environ['PATH']}", f"LD_LIBRARY_PATH={DRIVER}/lib64", "HOME=/root", "CUBLAS_WORKSPACE_CONFIG=:4096:8", "PYTHONFAULTHANDLER=1",
            *more_env]
     plain = ["nosuid", "noexec", "nodev"]
     return {
@@ -107,7 +107,9 @@ class Container:
         self.program = f"{BIN}/runc" if plain else f"{BIN}/phos-runc"
         self.bundle, self.log = f"{WORK}/{name}", f"{WORK}/out/{name}.log"
         os.makedirs(self.bundle)
-        command = [PYTHON, f"/bundle/workloads/{workload[0]}", *workload[1:], "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
+        # What it says goes to a file that the container sees: CRIU cannot dump one that is the host's alone.
+        command = ["/bin/sh", "-c", f'exec "$@" 2>>/out/{name}.err', "sh", PYTHON, f"/bundle/workloads/{workload[0]}", *workload[1:],
+                   "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
         with open(f"{self.bundle}/config.json", "w") as f:
             json.dump(spec(command, annotations or {}, env), f)
 
@@ -160,6 +162,11 @@ class Container:
         self.runc("delete", "--force", self.name, check=False)
 
 
+def criu_bytes(image):
+    """Bytes of memory in CRIU's part of an image."""
+    return sum(os.path.getsize(p) for p in glob.glob(f"{image}/pages-*.img"))
+
+
 def longest_gap(steps, since_ns):
     """Longest time between two steps of which the later came after `since_ns`, in ms."""
     return max(((b[2] - a[2]) / 1e6 for a, b in zip(steps, steps[1:]) if b[2] > since_ns), default=0)
@@ -194,8 +201,9 @@ def serve_driver():
 
 
 def show_logs():
-    for pattern in ("state/*/engine.log", "images/*/*.log", "images/*.work/*.log", "*.runc.log"):
-        for path in glob.glob(f"{WORK}/{pattern}"):
+    for pattern in ("state/*/engine.log", "images/*.work/*.log", "*.runc.log", "out/*.err"):
+        newest = sorted(glob.glob(f"{WORK}/{pattern}"), key=os.path.getmtime)[-1:]
+        for path in newest:
             print(f"--- {path}")
             print(open(path, errors="replace").read()[-2500:])
 

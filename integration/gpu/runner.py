@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 
-from harness import BIN, COMMIT, HERE, OUT, PYTHON, WORK, Container, Driver, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown
+from harness import BIN, COMMIT, HERE, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown
 
 
 def compare(steps, reference):
@@ -56,23 +56,27 @@ def leave_running(box, workload, i, more=(), settle=30, keep=False):
     """One checkpoint of a running container; its figures, and the image."""
     image = f"{WORK}/images/{box.name}-{i}"
     before = time.monotonic_ns()
-    usual = rate(box.steps(), before - 4_000_000_000, before)
+    if not hasattr(box, "usual"):
+        # Of all checkpoints of a container the first one's "before" is the only one that no drain reaches into.
+        box.usual = rate(box.steps(), before - 3_000_000_000, before)
     box.checkpoint(image, True, *more)
     after = time.monotonic_ns()
     box.wait_steps(settle)
     steps, report = box.steps(), box.report()
-    gap = longest_gap(steps, before)
-    spans = report.pop("spans")
+    report.pop("spans")
+    gap, gap_begin, gap_end = max((b[2] - a[2], a[2], b[2]) for a, b in zip(steps, steps[1:]) if b[2] > before)
+    gap /= 1e6
     log(f"{box.name} leave-running {i}: pause {gap:.0f} ms  " + " ".join(f"{k[:-3]} {v:.0f}" for k, v in report.items() if k.endswith("_ms"))
-        + "  " + " ".join(f"{k[:-6]} {report[k] / 1e9:.2f} GB" for k in ("gpu_bytes", "written_bytes", "precopied_bytes", "dirty_bytes", "straight_bytes")))
+        + "  " + " ".join(f"{k[:-6]} {report[k] / 1e9:.2f} GB" for k in ("gpu_bytes", "written_bytes", "precopied_bytes", "dirty_bytes", "straight_bytes"))
+        + f"  criu {criu_bytes(image) / 1e9:.2f} GB")
     for w in report["warnings"]:
         log(f"  {w}")
-    # While the image is written and the program runs again: from the end of the longest gap to the command's end.
-    gap_end = max(((b[2] - a[2], b[2]) for a, b in zip(steps, steps[1:]) if b[2] > before))[1]
-    during = rate(steps, gap_end, after)
-    if usual and during:
-        result("copy", workload, "phos-runc", "app_rate_during", during / usual, note="while the image is written, fraction of before")
-        log(f"  steps/s before {usual:.2f}, while the image is written {during:.2f}")
+    # The image is written from the end of the gap to the command's end, with pre-copy also before the gap.
+    for note, begin, end in (("pre-copy", before, gap_begin), ("while the image is written", gap_end, after)):
+        during = rate(steps, begin, end)
+        if box.usual and during and (note != "pre-copy" or report["precopied_bytes"]):
+            result("copy", workload, "phos-runc", "app_rate_during", during / box.usual, note=note + ", fraction of before")
+            log(f"  steps/s before {box.usual:.2f}, {note} {during:.2f}")
     if not keep:
         shutil.rmtree(image)
     return gap, report, image
@@ -115,11 +119,11 @@ def identical(box, workload, bench="pause"):
     result(bench, workload, "phos-runc", "bit_identical", same, compared, note="steps compared with an uninterrupted run")
 
 
-def phos(gb, count):
+def phos(gb, count, strategy):
     workload = f"torch-{gb:g}g"
-    box = Container(workload, ("torch_steps.py", "--gb", str(gb)))
+    box = Container(workload, ("torch_steps.py", "--gb", str(gb)), annotations={"phos.strategy": strategy})
     box.start()
-    box.wait_steps(60)
+    box.wait_steps(1200)
     pauses = []
     for i in range(count):
         gap, report, _ = leave_running(box, workload, i)
@@ -230,7 +234,7 @@ def plain(workload, words, warm):
 
 def torch(args):
     for gb in args.gb or [2.0, 20.0]:
-        phos(gb, args.count)
+        phos(gb, args.count, args.strategy)
         if args.plain and gb == max(args.gb or [20.0]):
             plain(f"torch-{gb:g}g", ("torch_steps.py", "--gb", str(gb)), 60)
 
@@ -304,6 +308,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--mode", action="append", choices=list(MATRIX))
     parser.add_argument("--disk", default="/var/tmp", help="a folder on a disk")
+    parser.add_argument("--strategy", default="auto")
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--plain", action="store_true")

@@ -23,13 +23,16 @@ struct List {
 impl List {
     fn allocate(device: &dyn Device, gpu: GpuId, capacity: usize) -> Result<Self, DeviceError> {
         let capacity = capacity.max(1);
-        Ok(List {
+        let mut list = List {
             stream: device.stream(gpu)?,
             addresses: device.pinned(capacity * ADDRESS)?,
             on_gpu: device.allocate(gpu, (capacity * ADDRESS) as u64)?,
             digests: device.pinned(capacity * DIGEST)?,
             capacity,
-        })
+        };
+        // The first use of a kernel has it compiled, which takes longer than most scans.
+        list.stream.digest(list.on_gpu.address, 0, list.digests.as_mut())?;
+        Ok(list)
     }
 
     /// Begins to bring the addresses to the GPU.

@@ -294,9 +294,7 @@ impl Checkpoint<'_> {
 
     /// Allocates what is needed while the program stands still.
     fn prepare_stop(&mut self, session: &mut Session<'_>, plan: CopyPlan) -> Result<(), EngineError> {
-        if session.ledger.unsaved().len() < session.ledger.all().len() {
-            session.prepare_scan()?;
-        }
+        session.prepare_scan()?;
         if plan.spare {
             let dirty = if plan.precopy || self.job.parent.is_some() {
                 session.dirty()?
