@@ -86,10 +86,6 @@ pub const ACCESS_READ_WRITE: u32 = 3;
 pub const LIMIT_STACK_SIZE: u32 = 0;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
 pub const CAPTURE_RELAXED: u32 = 2;
-/// `CU_POINTER_ATTRIBUTE_RANGE_START_ADDR`.
-pub const ATTRIBUTE_RANGE_START: u32 = 11;
-/// `CU_POINTER_ATTRIBUTE_RANGE_SIZE`.
-pub const ATTRIBUTE_RANGE_SIZE: u32 = 12;
 /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED`.
 pub const DEVICE_VMM: u32 = 102;
 /// `CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED`.
@@ -167,6 +163,7 @@ api! {
     free = "cuMemFree_v2"(DevicePtr);
     address_range = "cuMemGetAddressRange_v2"(*mut DevicePtr, *mut usize, DevicePtr);
     pointer_attribute = "cuPointerGetAttribute"(*mut c_void, u32, DevicePtr);
+    pointer_attributes = "cuPointerGetAttributes"(u32, *const u32, *mut *mut c_void, DevicePtr);
     reserve = "cuMemAddressReserve"(*mut DevicePtr, usize, usize, DevicePtr, u64);
     unreserve = "cuMemAddressFree"(DevicePtr, usize);
     create = "cuMemCreate"(*mut Handle, usize, *const AllocationProp, u64);

@@ -8,8 +8,9 @@ use crate::entry::{Wrapper, gated, trampoline};
 pub use crate::memory::{
     cuIpcGetMemHandle, cuMemAlloc_v2, cuMemAllocAsync, cuMemAllocAsync_ptsz, cuMemAllocFromPoolAsync,
     cuMemAllocFromPoolAsync_ptsz, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2,
-    cuMemGetAddressRange_v2, cuMemHostAlloc, cuPointerGetAttribute,
+    cuMemHostAlloc,
 };
+pub use crate::pointers::{cuMemGetAddressRange_v2, cuPointerGetAttribute, cuPointerGetAttributes};
 pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_v2};
 pub use crate::vmm::{
     cuMemCreate, cuMemExportToShareableHandle, cuMemGetAllocationPropertiesFromHandle,

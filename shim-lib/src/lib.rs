@@ -20,6 +20,7 @@ mod fds;
 mod gate;
 mod memory;
 mod park;
+mod pointers;
 mod proc_address;
 mod real;
 mod small;
