@@ -13,13 +13,13 @@ use phos_protocol::message::{CLASS_PLAIN, CLASS_SMALL, FLAG_RDMA};
 use crate::cuda::{
     ACCESS_READ_WRITE, ALLOCATION_PINNED, AccessDesc, AllocationProp, Context, DEVICE_FD, DEVICE_RDMA_VMM,
     DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD, INVALID_VALUE, LOCATION_DEVICE, Location, OUT_OF_MEMORY,
-    SUCCESS, Status, Stream,
+    SUCCESS, Status,
 };
 use crate::fds::Kept;
-use crate::gate;
 use crate::real::api;
 use crate::small::{BLOCK, LARGEST};
 use crate::table::{self, Mapping, Physical, Plain};
+use crate::{gate, pools};
 
 /// What matters about a device.
 #[derive(Clone, Copy)]
@@ -148,7 +148,7 @@ pub fn unmake(address: DevicePtr, size: usize) -> Status {
 }
 
 /// Gives back what is kept empty on `device` and tries again when memory is short.
-fn make_room<T>(device: DeviceOrdinal, make: impl Fn() -> Result<T, Status>) -> Result<T, Status> {
+pub fn make_room<T>(device: DeviceOrdinal, make: impl Fn() -> Result<T, Status>) -> Result<T, Status> {
     match make() {
         Err(OUT_OF_MEMORY) if drop_spare(device) => make(),
         result => result,
@@ -286,8 +286,20 @@ pub unsafe extern "C" fn cuMemFree_v2(pointer: DevicePtr) -> Status {
         });
         return SUCCESS;
     }
+    let mut context = ptr::null_mut();
+    // SAFETY: `context` is valid for writing.
+    unsafe { (api().ctx_get)(&mut context) };
+    if let Some(status) = pools::free_now(pointer, || synchronize(context as usize)) {
+        return status;
+    }
     // SAFETY: the argument is the caller's.
     unsafe { (api().free)(pointer) }
+}
+
+/// Whether a plain or small allocation begins at `pointer`.
+pub fn is_ours(pointer: DevicePtr) -> bool {
+    let table = table::lock();
+    table.plain.contains_key(&pointer) || table.small.find(pointer).is_some_and(|p| p.start == pointer)
 }
 
 /// Frees what was allocated in a context that is gone.
@@ -326,10 +338,6 @@ macro_rules! counted {
 }
 
 counted!(cuMemAllocManaged, alloc_managed, MANAGED, size, pointer: *mut DevicePtr, size: usize, flags: u32);
-counted!(cuMemAllocAsync, alloc_async, POOLED, size, pointer: *mut DevicePtr, size: usize, stream: Stream);
-counted!(cuMemAllocAsync_ptsz, alloc_async_ptsz, POOLED, size, pointer: *mut DevicePtr, size: usize, stream: Stream);
-counted!(cuMemAllocFromPoolAsync, alloc_pool, POOLED, size, pointer: *mut DevicePtr, size: usize, pool: *mut c_void, stream: Stream);
-counted!(cuMemAllocFromPoolAsync_ptsz, alloc_pool_ptsz, POOLED, size, pointer: *mut DevicePtr, size: usize, pool: *mut c_void, stream: Stream);
 counted!(cuMemAllocHost_v2, alloc_host, PINNED, size, pointer: *mut *mut c_void, size: usize);
 counted!(cuMemHostAlloc, host_alloc, PINNED, size, pointer: *mut *mut c_void, size: usize, flags: u32);
 

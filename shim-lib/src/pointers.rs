@@ -5,9 +5,8 @@
 use std::ffi::c_void;
 
 use crate::cuda::{DevicePtr, SUCCESS, Status};
-use crate::gate;
 use crate::real::api;
-use crate::table;
+use crate::{gate, pools, table};
 
 /// `CU_POINTER_ATTRIBUTE_CONTEXT`.
 const CONTEXT: u32 = 1;
@@ -18,6 +17,9 @@ const RANGE_START: u32 = 11;
 /// `CU_POINTER_ATTRIBUTE_RANGE_SIZE`.
 const RANGE_SIZE: u32 = 12;
 
+/// `CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE`.
+const POOL: u32 = 17;
+
 /// Numbers of small allocations, apart from the driver's buffer ids.
 const SMALL_ID: u64 = 1 << 62;
 
@@ -27,25 +29,36 @@ struct Allocation {
     size: u64,
     /// The context it was made in, 0 for none.
     context: usize,
+    /// The pool it came from, 0 for none.
+    pool: usize,
     /// Its buffer id, if it is not the driver's.
     id: Option<u64>,
 }
 
 fn find(address: DevicePtr) -> Option<Allocation> {
+    if let Some((start, size, pool)) = pools::find(address) {
+        return Some(Allocation { start, size, context: 0, pool, id: None });
+    }
     let table = table::lock();
     if let Some(p) = table.small.find(address) {
         let id = Some(SMALL_ID | p.serial);
-        return Some(Allocation { start: p.start, size: p.size, context: p.home.1, id });
+        return Some(Allocation { start: p.start, size: p.size, context: p.home.1, pool: 0, id });
     }
     let (start, _) = table.mappings.range(..=address).next_back()?;
     let plain = table.plain.get(start)?;
     let inside = address - start < plain.size as u64;
-    inside.then_some(Allocation { start: *start, size: plain.size as u64, context: plain.context, id: None })
+    inside.then_some(Allocation {
+        start: *start,
+        size: plain.size as u64,
+        context: plain.context,
+        pool: 0,
+        id: None,
+    })
 }
 
 /// This library's answer: a value of 8 bytes, as all of these have.
 fn answer(attribute: u32, pointer: DevicePtr) -> Option<u64> {
-    if !matches!(attribute, CONTEXT | BUFFER_ID | RANGE_START | RANGE_SIZE) {
+    if !matches!(attribute, CONTEXT | BUFFER_ID | RANGE_START | RANGE_SIZE | POOL) {
         return None;
     }
     let found = find(pointer)?;
@@ -53,6 +66,7 @@ fn answer(attribute: u32, pointer: DevicePtr) -> Option<u64> {
         // Of memory from virtual-memory calls the driver knows no context.
         CONTEXT => (found.context != 0).then_some(found.context as u64),
         BUFFER_ID => found.id,
+        POOL => (found.pool != 0).then_some(found.pool as u64),
         RANGE_START => Some(found.start),
         _ => Some(found.size),
     }

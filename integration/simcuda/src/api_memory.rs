@@ -17,7 +17,8 @@ fn host<T>(f: impl FnOnce(&mut HashMap<usize, usize>) -> T) -> T {
     f(HOST.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_default())
 }
 
-fn allocate(to: *mut u64, size: usize) -> Result<()> {
+/// Plain memory.
+pub fn allocate(to: *mut u64, size: usize) -> Result<()> {
     context::usable()?;
     if size == 0 || to.is_null() {
         return Err(INVALID_VALUE);
@@ -84,7 +85,7 @@ export! {
     }
     fn cuMemAllocAsync(to: *mut u64, size: usize, _on: *mut c_void) { allocate(to, size) }
     fn cuMemFreeAsync(pointer: u64, on: *mut c_void) {
-        range(pointer)?;
+        using(|s| s.mappings.get(&pointer).filter(|m| m.plain).map(|_| ()).ok_or(INVALID_VALUE))?;
         submit(on, move || change(|s| s.free(pointer))).map(|_| ())
     }
     fn cuMemGetAddressRange_v2(base: *mut u64, size: *mut usize, pointer: u64) {
