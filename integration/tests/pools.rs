@@ -193,6 +193,30 @@ fn captured_streams_and_shared_pools_stay_the_drivers() {
 }
 
 #[test]
+fn a_pool_keeps_to_its_size() {
+    let app = Application::start().unwrap();
+    let on = stream(&app);
+    // CUmemPoolProps: pinned, no handles, device 0, then 8 bytes, then the size.
+    let props: [u64; 11] = std::array::from_fn(|i| match i {
+        0 | 1 => 1,
+        3 => 8 * MIB as u64,
+        _ => 0,
+    });
+    let (mut pool, mut first, mut second) = (0usize, 0u64, 0u64);
+    app.ok("cuMemPoolCreate", &[out(&mut pool), props.as_ptr() as usize]);
+    set(&app, pool, RELEASE_THRESHOLD, u64::MAX);
+    app.ok("cuMemAllocFromPoolAsync", &[out(&mut first), 6 * MIB, pool, on]);
+    assert_eq!(app.call("cuMemAllocFromPoolAsync", &[out(&mut second), 4 * MIB, pool, on]), 2);
+    free(&app, first, on);
+    // What is free makes room.
+    app.ok("cuMemAllocFromPoolAsync", &[out(&mut second), 4 * MIB, pool, on]);
+    free(&app, second, on);
+    app.ok("cuMemPoolDestroy", &[pool]);
+    app.ok("cuStreamSynchronize", &[on]);
+    assert_eq!(app.round_trip().unwrap().bytes(CLASS_POOL), 0);
+}
+
+#[test]
 fn plain_and_ordered_calls_free_each_others_memory() {
     let app = Application::start().unwrap();
     let on = stream(&app);

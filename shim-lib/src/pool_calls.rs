@@ -123,14 +123,14 @@ pub unsafe extern "C" fn cuMemPoolCreate(pool: *mut *mut c_void, props: *const P
         let result = (api().pool_create)(pool, props);
         if result == SUCCESS {
             let p = &*props;
-            // A pool that can be shared, or that has a size or a use of its own, stays the driver's.
+            // A pool that can be shared, or that has a use of its own, stays the driver's.
             let plain = p.kind == ALLOCATION_PINNED
                 && p.location.kind == LOCATION_DEVICE
                 && p.handle_types == 0
-                && p.max_size == 0
                 && p.usage == 0;
             if plain && device_facts(p.location.id).parkable {
-                pools::adopt(*pool as usize, p.location.id);
+                let limit = if p.max_size == 0 { u64::MAX } else { p.max_size as u64 };
+                pools::adopt(*pool as usize, p.location.id, limit);
             }
         }
         result

@@ -46,6 +46,8 @@ struct Pool {
     /// The driver's handle; 0 once the application has destroyed it.
     handle: usize,
     device: DeviceOrdinal,
+    /// Most bytes it may reserve.
+    limit: u64,
     /// Rights of other devices.
     access: Vec<AccessDesc>,
     cache: Cache<Mark>,
@@ -83,12 +85,13 @@ fn with<T>(f: impl FnOnce(&mut State) -> T) -> T {
 
 impl State {
     /// Enters a pool of the driver's.
-    fn adopt(&mut self, handle: usize, device: DeviceOrdinal) -> Key {
+    fn adopt(&mut self, handle: usize, device: DeviceOrdinal, limit: u64) -> Key {
         self.last += 1;
         self.keys.insert(handle, self.last);
         let pool = Pool {
             handle,
             device,
+            limit,
             access: Vec::new(),
             cache: Cache::default(),
             small: Small::default(),
@@ -165,9 +168,9 @@ pub fn current_pool() -> Option<usize> {
     found.then_some(pool as usize)
 }
 
-/// Takes charge of a pool's memory.
-pub fn adopt(handle: usize, device: DeviceOrdinal) {
-    with(|s| s.adopt(handle, device));
+/// Takes charge of a pool's memory. `limit`: most bytes it may reserve.
+pub fn adopt(handle: usize, device: DeviceOrdinal, limit: u64) {
+    with(|s| s.adopt(handle, device, limit));
 }
 
 /// The key of a pool whose memory this library makes. A device's default pool is met here for the first time.
@@ -185,7 +188,7 @@ fn managed(handle: usize) -> Option<Key> {
     })?;
     device_facts(device)
         .parkable
-        .then(|| with(|s| s.keys.get(&handle).copied().unwrap_or_else(|| s.adopt(handle, device))))
+        .then(|| with(|s| s.keys.get(&handle).copied().unwrap_or_else(|| s.adopt(handle, device, u64::MAX))))
 }
 
 /// Allocates for work that is queued on `stream` from now on. `None`: the driver must.
@@ -218,6 +221,7 @@ fn find_room(key: Key, size: u64, stream: Stream) -> Result<DevicePtr, Status> {
     } else {
         size.checked_next_multiple_of(BLOCK).ok_or(OUT_OF_MEMORY)?
     };
+    let len = if is_small { BLOCK } else { need };
     let identity = streams::identity(stream);
     type Missing = (DeviceOrdinal, Vec<AccessDesc>);
     let found = with(|s| -> Result<Result<DevicePtr, Missing>, Status> {
@@ -230,11 +234,12 @@ fn find_room(key: Key, size: u64, stream: Stream) -> Result<DevicePtr, Status> {
             }
             None => {
                 pool.retire();
-                pool.from_free(key, need, is_small)
+                pool.take_free(key, need, is_small)
             }
         };
         match stretch {
             Some(stretch) => Ok(Ok(s.enter(key, size, stretch))),
+            None if pool.reserved.current.saturating_add(len) > pool.limit => Err(OUT_OF_MEMORY),
             None => Ok(Err((pool.device, pool.access.clone()))),
         }
     })?;
@@ -242,7 +247,6 @@ fn find_room(key: Key, size: u64, stream: Stream) -> Result<DevicePtr, Status> {
         Ok(pointer) => return Ok(pointer),
         Err(more) => more,
     };
-    let len = if is_small { BLOCK } else { need };
     let start = memory::make_room(device, || make(device, len as usize, CLASS_POOL, &access))?;
     PIECES.fetch_add(1, Ordering::Relaxed);
     with(|s| {
@@ -254,14 +258,14 @@ fn find_room(key: Key, size: u64, stream: Stream) -> Result<DevicePtr, Status> {
         } else {
             pool.cache.add_idle(start, len);
         }
-        let stretch = pool.from_free(key, need, is_small).ok_or(OUT_OF_MEMORY)?;
+        let stretch = pool.take_free(key, need, is_small).ok_or(OUT_OF_MEMORY)?;
         Ok(s.enter(key, size, stretch))
     })
 }
 
 impl Pool {
     /// Memory that nothing uses.
-    fn from_free(&mut self, key: Key, need: u64, small: bool) -> Option<Stretch> {
+    fn take_free(&mut self, key: Key, need: u64, small: bool) -> Option<Stretch> {
         if small {
             let start = self.small.allocate((self.device, key), need)?;
             return Some(Stretch { start, len: need, small });
