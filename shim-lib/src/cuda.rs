@@ -82,14 +82,39 @@ pub struct AccessDesc {
 /// `CU_MEM_ACCESS_FLAGS_PROT_READWRITE`.
 pub const ACCESS_READ_WRITE: u32 = 3;
 
+/// `CUmemPoolProps`.
+#[repr(C)]
+pub struct PoolProps {
+    /// `CUmemAllocationType`.
+    pub kind: u32,
+    /// `CUmemAllocationHandleType` bits.
+    pub handle_types: u32,
+    /// Where.
+    pub location: Location,
+    /// Windows only.
+    pub win32: *mut c_void,
+    /// Most bytes, 0 for no limit.
+    pub max_size: usize,
+    /// Usage bits.
+    pub usage: u16,
+    /// Reserved.
+    pub reserved: [u8; 54],
+}
+/// `CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`.
+pub const POOL_RELEASE_THRESHOLD: u32 = 4;
+/// `CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT`.
+pub const POOL_RESERVED: u32 = 5;
+/// `CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH`.
+pub const POOL_RESERVED_HIGH: u32 = 6;
+/// `CU_MEMPOOL_ATTR_USED_MEM_CURRENT`.
+pub const POOL_USED: u32 = 7;
+/// `CU_MEMPOOL_ATTR_USED_MEM_HIGH`.
+pub const POOL_USED_HIGH: u32 = 8;
+
 /// `CU_LIMIT_STACK_SIZE`.
 pub const LIMIT_STACK_SIZE: u32 = 0;
 /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
 pub const CAPTURE_RELAXED: u32 = 2;
-/// `CU_POINTER_ATTRIBUTE_RANGE_START_ADDR`.
-pub const ATTRIBUTE_RANGE_START: u32 = 11;
-/// `CU_POINTER_ATTRIBUTE_RANGE_SIZE`.
-pub const ATTRIBUTE_RANGE_SIZE: u32 = 12;
 /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED`.
 pub const DEVICE_VMM: u32 = 102;
 /// `CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED`.
@@ -159,14 +184,33 @@ api! {
     alloc_pitch = "cuMemAllocPitch_v2"(*mut DevicePtr, *mut usize, usize, usize, u32);
     alloc_managed = "cuMemAllocManaged"(*mut DevicePtr, usize, u32);
     alloc_async = "cuMemAllocAsync"(*mut DevicePtr, usize, Stream);
-    alloc_async_ptsz = "cuMemAllocAsync_ptsz"(*mut DevicePtr, usize, Stream);
     alloc_pool = "cuMemAllocFromPoolAsync"(*mut DevicePtr, usize, *mut c_void, Stream);
-    alloc_pool_ptsz = "cuMemAllocFromPoolAsync_ptsz"(*mut DevicePtr, usize, *mut c_void, Stream);
+    free_async = "cuMemFreeAsync"(DevicePtr, Stream);
+    default_pool = "cuDeviceGetDefaultMemPool"(*mut *mut c_void, DeviceOrdinal);
+    device_pool = "cuDeviceGetMemPool"(*mut *mut c_void, DeviceOrdinal);
+    pool_create = "cuMemPoolCreate"(*mut *mut c_void, *const PoolProps);
+    pool_destroy = "cuMemPoolDestroy"(*mut c_void);
+    pool_trim = "cuMemPoolTrimTo"(*mut c_void, usize);
+    pool_access = "cuMemPoolSetAccess"(*mut c_void, *const AccessDesc, usize);
+    pool_get = "cuMemPoolGetAttribute"(*mut c_void, u32, *mut c_void);
+    pool_set = "cuMemPoolSetAttribute"(*mut c_void, u32, *mut c_void);
+    stream_capturing = "cuStreamIsCapturing"(Stream, *mut u32);
+    stream_context = "cuStreamGetCtx"(Stream, *mut Context);
+    stream_id = "cuStreamGetId"(Stream, *mut u64);
+    stream_synchronize = "cuStreamSynchronize"(Stream);
+    stream_synchronize_ptsz = "cuStreamSynchronize_ptsz"(Stream);
+    event_create = "cuEventCreate"(*mut *mut c_void, u32);
+    event_record = "cuEventRecord"(*mut c_void, Stream);
+    event_query = "cuEventQuery"(*mut c_void);
+    event_synchronize = "cuEventSynchronize"(*mut c_void);
+    event_destroy = "cuEventDestroy_v2"(*mut c_void);
+    ctx_synchronize_2 = "cuCtxSynchronize_v2"(Context);
     alloc_host = "cuMemAllocHost_v2"(*mut *mut c_void, usize);
     host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, u32);
     free = "cuMemFree_v2"(DevicePtr);
     address_range = "cuMemGetAddressRange_v2"(*mut DevicePtr, *mut usize, DevicePtr);
     pointer_attribute = "cuPointerGetAttribute"(*mut c_void, u32, DevicePtr);
+    pointer_attributes = "cuPointerGetAttributes"(u32, *const u32, *mut *mut c_void, DevicePtr);
     reserve = "cuMemAddressReserve"(*mut DevicePtr, usize, usize, DevicePtr, u64);
     unreserve = "cuMemAddressFree"(DevicePtr, usize);
     create = "cuMemCreate"(*mut Handle, usize, *const AllocationProp, u64);

@@ -6,9 +6,15 @@ pub use crate::contexts::{cuCtxCreate_v2, cuCtxCreate_v3, cuCtxCreate_v4, cuCtxD
 pub use crate::control::cuInit;
 use crate::entry::{Wrapper, gated, trampoline};
 pub use crate::memory::{
-    cuIpcGetMemHandle, cuMemAlloc_v2, cuMemAllocAsync, cuMemAllocAsync_ptsz, cuMemAllocFromPoolAsync,
-    cuMemAllocFromPoolAsync_ptsz, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2,
-    cuMemGetAddressRange_v2, cuMemHostAlloc, cuPointerGetAttribute,
+    cuIpcGetMemHandle, cuMemAlloc_v2, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2,
+    cuMemHostAlloc,
+};
+pub use crate::pointers::{cuMemGetAddressRange_v2, cuPointerGetAttribute, cuPointerGetAttributes};
+pub use crate::pool_calls::{
+    cuCtxSynchronize, cuCtxSynchronize_v2, cuEventSynchronize, cuMemAllocAsync, cuMemAllocAsync_ptsz,
+    cuMemAllocFromPoolAsync, cuMemAllocFromPoolAsync_ptsz, cuMemFreeAsync, cuMemFreeAsync_ptsz,
+    cuMemPoolCreate, cuMemPoolDestroy, cuMemPoolGetAttribute, cuMemPoolSetAccess, cuMemPoolSetAttribute,
+    cuMemPoolTrimTo, cuStreamSynchronize, cuStreamSynchronize_ptsz,
 };
 pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_v2};
 pub use crate::vmm::{

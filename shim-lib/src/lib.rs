@@ -11,6 +11,7 @@ compile_error!(
     "libphos.so is written for x86_64: the trampolines in entry.rs need a version for this processor"
 );
 
+mod cache;
 mod contexts;
 mod control;
 mod cuda;
@@ -20,10 +21,14 @@ mod fds;
 mod gate;
 mod memory;
 mod park;
+mod pointers;
+mod pool_calls;
+mod pools;
 mod prefault;
 mod proc_address;
 mod real;
 mod small;
+mod streams;
 mod table;
 mod vmm;
 

@@ -11,15 +11,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use phos_protocol::message::{CLASS_PLAIN, CLASS_SMALL, FLAG_RDMA};
 
 use crate::cuda::{
-    ACCESS_READ_WRITE, ALLOCATION_PINNED, ATTRIBUTE_RANGE_SIZE, ATTRIBUTE_RANGE_START, AccessDesc,
-    AllocationProp, Context, DEVICE_FD, DEVICE_RDMA_VMM, DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD,
-    INVALID_VALUE, LOCATION_DEVICE, Location, OUT_OF_MEMORY, SUCCESS, Status, Stream,
+    ACCESS_READ_WRITE, ALLOCATION_PINNED, AccessDesc, AllocationProp, Context, DEVICE_FD, DEVICE_RDMA_VMM,
+    DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD, INVALID_VALUE, LOCATION_DEVICE, Location, OUT_OF_MEMORY,
+    SUCCESS, Status,
 };
 use crate::fds::Kept;
-use crate::gate;
 use crate::real::api;
 use crate::small::{BLOCK, LARGEST};
 use crate::table::{self, Mapping, Physical, Plain};
+use crate::{gate, pools};
 
 /// What matters about a device.
 #[derive(Clone, Copy)]
@@ -68,8 +68,14 @@ fn properties(device: DeviceOrdinal, rdma: bool) -> AllocationProp {
     }
 }
 
-/// Makes `size` bytes (a multiple of [`BLOCK`]) of parkable memory on `device`, mapped and accessible.
-fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Status> {
+/// Makes `size` bytes (a multiple of [`BLOCK`]) of parkable memory on `device`, mapped and accessible from there and for
+/// `others`.
+pub fn make(
+    device: DeviceOrdinal,
+    size: usize,
+    class: u32,
+    others: &[AccessDesc],
+) -> Result<DevicePtr, Status> {
     let (api, facts) = (api(), device_facts(device));
     let check = |status| if status == SUCCESS { Ok(()) } else { Err(status) };
     let mut handle = 0;
@@ -84,11 +90,12 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
             kept = Kept::new(fd);
             check((api.reserve)(&mut address, size, 0, 0, 0))?;
             check((api.map)(address, size, 0, handle, 0))?;
-            let access = AccessDesc {
+            let own = AccessDesc {
                 location: Location { kind: LOCATION_DEVICE, id: device },
                 flags: ACCESS_READ_WRITE,
             };
-            check((api.set_access)(address, size, &access, 1)).inspect_err(|_| {
+            let access: Vec<_> = [own].into_iter().chain(others.iter().copied()).collect();
+            check((api.set_access)(address, size, access.as_ptr(), access.len())).inspect_err(|_| {
                 (api.unmap)(address, size);
             })?;
             Ok(access)
@@ -113,10 +120,7 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
                 asked_types: 0,
                 shared: false,
             });
-            table.insert_mapping(
-                address,
-                Mapping { len: size, physical, access: vec![access], present: true },
-            );
+            table.insert_mapping(address, Mapping { len: size, physical, access, present: true });
             Ok(address)
         }
         Err(status) => {
@@ -131,7 +135,7 @@ fn make(device: DeviceOrdinal, size: usize, class: u32) -> Result<DevicePtr, Sta
 }
 
 /// Unmaps what [`make`] made.
-fn unmake(address: DevicePtr, size: usize) -> Status {
+pub fn unmake(address: DevicePtr, size: usize) -> Status {
     // SAFETY: `make` mapped exactly this.
     unsafe {
         let result = (api().unmap)(address, size);
@@ -141,6 +145,23 @@ fn unmake(address: DevicePtr, size: usize) -> Status {
         }
         result
     }
+}
+
+/// Gives back what is kept empty on `device` and tries again when memory is short.
+pub fn make_room<T>(device: DeviceOrdinal, make: impl Fn() -> Result<T, Status>) -> Result<T, Status> {
+    match make() {
+        Err(OUT_OF_MEMORY) if drop_spare(device) => make(),
+        result => result,
+    }
+}
+
+/// Gives back blocks that are kept though they are empty. Whether there were any.
+fn drop_spare(device: DeviceOrdinal) -> bool {
+    let spare = table::lock().small.drop_all_empty(device);
+    spare.iter().for_each(|block| {
+        unmake(*block, BLOCK as usize);
+    });
+    !spare.is_empty()
 }
 
 /// Allocates `size` bytes in the current context, or says that the driver should.
@@ -163,13 +184,13 @@ fn allocate(size: usize) -> Result<Option<DevicePtr>, Status> {
         if let Some(pointer) = table::lock().small.allocate(home, size as u64) {
             return Ok(Some(pointer));
         }
-        let block = make(device, BLOCK as usize, CLASS_SMALL)?;
+        let block = make_room(device, || make(device, BLOCK as usize, CLASS_SMALL, &[]))?;
         let mut table = table::lock();
         table.small.add(home, block);
         return Ok(table.small.allocate(home, size as u64));
     }
     let reserved = size.checked_next_multiple_of(BLOCK as usize).ok_or(OUT_OF_MEMORY)?;
-    let pointer = make(device, reserved, CLASS_PLAIN)?;
+    let pointer = make_room(device, || make(device, reserved, CLASS_PLAIN, &[]))?;
     table::lock().plain.insert(pointer, Plain { size, reserved, context: context as usize });
     Ok(Some(pointer))
 }
@@ -245,22 +266,40 @@ fn synchronize(context: usize) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(pointer: DevicePtr) -> Status {
     let _pass = gate::gate();
-    let plain = table::lock().plain.get(&pointer).copied();
+    // Taken out first: if two threads free the same memory, one of them fails.
+    let plain = table::lock().plain.remove(&pointer);
     if let Some(plain) = plain {
         synchronize(plain.context);
-        table::lock().plain.remove(&pointer);
         return unmake(pointer, plain.reserved);
     }
-    if table::lock().small.holds(pointer) {
-        let mut current = ptr::null_mut();
-        // SAFETY: `current` is valid for writing.
-        unsafe { (api().ctx_get)(&mut current) };
-        synchronize(current as usize);
-        let empty = table::lock().small.free(pointer);
-        return empty.map_or(SUCCESS, |block| unmake(block, BLOCK as usize));
+    let small = table::lock().small.take(pointer);
+    if let Some(piece) = small {
+        synchronize(piece.home.1);
+        let empty = {
+            let mut table = table::lock();
+            table.small.give_back(piece);
+            // One is kept: a program may allocate and free a single buffer again and again.
+            table.small.drop_empty(piece.home, 1)
+        };
+        empty.iter().for_each(|block| {
+            unmake(*block, BLOCK as usize);
+        });
+        return SUCCESS;
+    }
+    let mut context = ptr::null_mut();
+    // SAFETY: `context` is valid for writing.
+    unsafe { (api().ctx_get)(&mut context) };
+    if let Some(status) = pools::free_now(pointer, || synchronize(context as usize)) {
+        return status;
     }
     // SAFETY: the argument is the caller's.
     unsafe { (api().free)(pointer) }
+}
+
+/// Whether a plain or small allocation begins at `pointer`.
+pub fn is_ours(pointer: DevicePtr) -> bool {
+    let table = table::lock();
+    table.plain.contains_key(&pointer) || table.small.find(pointer).is_some_and(|p| p.start == pointer)
 }
 
 /// Frees what was allocated in a context that is gone.
@@ -272,69 +311,11 @@ pub fn free_context(context: usize) {
         for (address, _) in &gone {
             table.plain.remove(address);
         }
-        (gone, table.small.drop_context(context))
+        (gone, table.small.drop_owner(context))
     };
     plain.into_iter().chain(blocks.into_iter().map(|b| (b, BLOCK as usize))).for_each(|(address, size)| {
         unmake(address, size);
     });
-}
-
-/// Start and size of the plain or small allocation that contains `address`, as the application asked for it.
-fn range(address: DevicePtr) -> Option<(DevicePtr, usize)> {
-    let table = table::lock();
-    if let Some((start, size)) = table.small.range(address) {
-        return Some((start, size as usize));
-    }
-    let (start, _) = table.mappings.range(..=address).next_back()?;
-    let plain = table.plain.get(start)?;
-    (address - start < plain.size as u64).then_some((*start, plain.size))
-}
-
-/// # Safety
-/// As the driver's function.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemGetAddressRange_v2(
-    base: *mut DevicePtr,
-    size: *mut usize,
-    pointer: DevicePtr,
-) -> Status {
-    let _pass = gate::gate();
-    let Some((start, len)) = range(pointer) else {
-        // SAFETY: the arguments are the caller's.
-        return unsafe { (api().address_range)(base, size, pointer) };
-    };
-    // SAFETY: either pointer may be null, otherwise it is the caller's for writing.
-    unsafe {
-        if !base.is_null() {
-            *base = start;
-        }
-        if !size.is_null() {
-            *size = len;
-        }
-    }
-    SUCCESS
-}
-
-/// # Safety
-/// As the driver's function.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuPointerGetAttribute(
-    data: *mut c_void,
-    attribute: u32,
-    pointer: DevicePtr,
-) -> Status {
-    let _pass = gate::gate();
-    if !data.is_null()
-        && matches!(attribute, ATTRIBUTE_RANGE_START | ATTRIBUTE_RANGE_SIZE)
-        && let Some((start, len)) = range(pointer)
-    {
-        let value = if attribute == ATTRIBUTE_RANGE_START { start } else { len as u64 };
-        // SAFETY: both attributes are 8 bytes wide, and `data` is the caller's for writing them.
-        unsafe { data.cast::<u64>().write_unaligned(value) };
-        return SUCCESS;
-    }
-    // SAFETY: the arguments are the caller's.
-    unsafe { (api().pointer_attribute)(data, attribute, pointer) }
 }
 
 /// An allocation that stays the driver's and is only counted.
@@ -357,10 +338,6 @@ macro_rules! counted {
 }
 
 counted!(cuMemAllocManaged, alloc_managed, MANAGED, size, pointer: *mut DevicePtr, size: usize, flags: u32);
-counted!(cuMemAllocAsync, alloc_async, POOLED, size, pointer: *mut DevicePtr, size: usize, stream: Stream);
-counted!(cuMemAllocAsync_ptsz, alloc_async_ptsz, POOLED, size, pointer: *mut DevicePtr, size: usize, stream: Stream);
-counted!(cuMemAllocFromPoolAsync, alloc_pool, POOLED, size, pointer: *mut DevicePtr, size: usize, pool: *mut c_void, stream: Stream);
-counted!(cuMemAllocFromPoolAsync_ptsz, alloc_pool_ptsz, POOLED, size, pointer: *mut DevicePtr, size: usize, pool: *mut c_void, stream: Stream);
 counted!(cuMemAllocHost_v2, alloc_host, PINNED, size, pointer: *mut *mut c_void, size: usize);
 counted!(cuMemHostAlloc, host_alloc, PINNED, size, pointer: *mut *mut c_void, size: usize, flags: u32);
 

@@ -79,13 +79,14 @@ fn drain(patience: Duration) -> Result<bool, Failure> {
 
 /// What the process holds, and what prevents its checkpoint.
 pub fn summary() -> Summary {
+    let pooled = crate::pools::count();
     let table = table::lock();
     let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     let mut summary = Summary {
         entries: table.physical.len() as u64,
         driver_bytes: load(&table::UNPARKABLE) + load(&table::POOLED),
         pinned_bytes: load(&table::PINNED),
-        allocations: table.plain.len() as u64 + table.small.count(),
+        allocations: table.plain.len() as u64 + table.small.count() + pooled,
         launches: gate::launches(),
         ..Summary::default()
     };

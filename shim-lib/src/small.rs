@@ -2,7 +2,7 @@
 //!
 //! Pure bookkeeping; the caller makes and frees the blocks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cuda::DevicePtr;
 
@@ -13,23 +13,63 @@ pub const LARGEST: u64 = 512 << 10;
 /// Alignment of allocations, bytes, as the driver gives it.
 const ALIGN: u64 = 512;
 
-/// Where a block belongs: a context on a device. Blocks are not shared, so that each context's memory can go with it.
+/// Where a block belongs: a context or a pool, on a device. Blocks are not shared, so that each owner's memory can go
+/// with it.
 pub type Home = (i32, usize);
+
+/// One allocation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Address.
+    pub start: DevicePtr,
+    /// Bytes asked for.
+    pub size: u64,
+    /// Never used twice.
+    pub serial: u64,
+    /// Where it belongs.
+    pub home: Home,
+}
 
 #[derive(Debug)]
 struct Block {
     home: Home,
     /// Free stretches by offset. Neighbours are always merged.
     free: BTreeMap<u64, u64>,
-    /// Allocations by offset: bytes asked for.
-    used: BTreeMap<u64, u64>,
+    /// The same as (length, offset).
+    by_len: BTreeSet<(u64, u64)>,
+    /// Allocations by offset: bytes asked for and serial number.
+    used: BTreeMap<u64, (u64, u64)>,
 }
 
-/// All blocks by address.
-#[derive(Debug, Default)]
-pub struct Small(BTreeMap<DevicePtr, Block>);
+impl Block {
+    fn largest(&self) -> u64 {
+        self.by_len.last().map_or(0, |(len, _)| *len)
+    }
 
-fn rounded(size: u64) -> u64 {
+    fn add_free(&mut self, at: u64, len: u64) {
+        self.free.insert(at, len);
+        self.by_len.insert((len, at));
+    }
+
+    fn remove_free(&mut self, at: u64) -> Option<u64> {
+        let len = self.free.remove(&at)?;
+        self.by_len.remove(&(len, at));
+        Some(len)
+    }
+}
+
+/// All blocks.
+#[derive(Debug, Default)]
+pub struct Small {
+    blocks: BTreeMap<DevicePtr, Block>,
+    /// Blocks as (home, largest free stretch, address).
+    room: BTreeSet<(Home, u64, DevicePtr)>,
+    count: u64,
+    serial: u64,
+}
+
+/// Bytes that an allocation of `size` takes.
+pub fn rounded(size: u64) -> u64 {
     size.next_multiple_of(ALIGN)
 }
 
@@ -37,75 +77,105 @@ impl Small {
     /// Cuts `size` bytes from a block of `home`, if one has room.
     pub fn allocate(&mut self, home: Home, size: u64) -> Option<DevicePtr> {
         let need = rounded(size);
-        for (base, block) in self.0.iter_mut().filter(|(_, b)| b.home == home) {
-            let fit = block.free.iter().find(|(_, len)| **len >= need).map(|(at, len)| (*at, *len));
-            if let Some((at, len)) = fit {
-                block.free.remove(&at);
-                if len > need {
-                    block.free.insert(at + need, len - need);
-                }
-                block.used.insert(at, size);
-                return Some(base + at);
-            }
+        // The fullest block that has room: others may become empty.
+        let entry = *self.room.range((home, need, 0)..=(home, u64::MAX, u64::MAX)).next()?;
+        let block = self.blocks.get_mut(&entry.2)?;
+        let (len, at) = *block.by_len.range((need, 0)..).next()?;
+        block.remove_free(at);
+        if len > need {
+            block.add_free(at + need, len - need);
         }
-        None
+        self.serial += 1;
+        block.used.insert(at, (size, self.serial));
+        let largest = block.largest();
+        self.count += 1;
+        self.room.remove(&entry);
+        self.room.insert((home, largest, entry.2));
+        Some(entry.2 + at)
     }
 
     /// Adds an empty block at `base`.
     pub fn add(&mut self, home: Home, base: DevicePtr) {
-        self.0.insert(base, Block { home, free: BTreeMap::from([(0, BLOCK)]), used: BTreeMap::new() });
+        let mut block = Block { home, free: BTreeMap::new(), by_len: BTreeSet::new(), used: BTreeMap::new() };
+        block.add_free(0, BLOCK);
+        self.blocks.insert(base, block);
+        self.room.insert((home, BLOCK, base));
     }
 
     fn block(&self, pointer: DevicePtr) -> Option<(DevicePtr, &Block)> {
-        let (base, block) = self.0.range(..=pointer).next_back()?;
+        let (base, block) = self.blocks.range(..=pointer).next_back()?;
         (pointer - base < BLOCK).then_some((*base, block))
     }
 
-    /// Whether an allocation begins at `pointer`.
-    pub fn holds(&self, pointer: DevicePtr) -> bool {
-        self.block(pointer).is_some_and(|(base, b)| b.used.contains_key(&(pointer - base)))
+    /// Ends the allocation that begins at `pointer`. Its room is not used again before [`Small::give_back`].
+    pub fn take(&mut self, pointer: DevicePtr) -> Option<Piece> {
+        let base = self.block(pointer)?.0;
+        let block = self.blocks.get_mut(&base)?;
+        let (size, serial) = block.used.remove(&(pointer - base))?;
+        self.count -= 1;
+        Some(Piece { start: pointer, size, serial, home: block.home })
     }
 
-    /// Frees the allocation at `pointer`. Returns the block's address if it is empty now and has been removed.
-    pub fn free(&mut self, pointer: DevicePtr) -> Option<DevicePtr> {
-        let base = self.block(pointer)?.0;
-        let block = self.0.get_mut(&base)?;
-        let mut at = pointer - base;
-        let mut len = rounded(block.used.remove(&at)?);
-        if let Some(after) = block.free.remove(&(at + len)) {
+    /// Makes the room of what [`Small::take`] returned usable again.
+    pub fn give_back(&mut self, piece: Piece) {
+        let Some(base) = self.block(piece.start).map(|(base, _)| base) else { return };
+        let Some(block) = self.blocks.get_mut(&base) else { return };
+        self.room.remove(&(block.home, block.largest(), base));
+        let (mut at, mut len) = (piece.start - base, rounded(piece.size));
+        if let Some(after) = block.remove_free(at + len) {
             len += after;
         }
         if let Some((before, n)) = block.free.range(..at).next_back().map(|(b, n)| (*b, *n))
             && before + n == at
         {
-            block.free.remove(&before);
+            block.remove_free(before);
             (at, len) = (before, len + n);
         }
-        block.free.insert(at, len);
-        if block.used.is_empty() {
-            self.0.remove(&base);
-            return Some(base);
-        }
-        None
+        block.add_free(at, len);
+        self.room.insert((block.home, block.largest(), base));
     }
 
-    /// Start and size of the allocation that contains `address`.
-    pub fn range(&self, address: DevicePtr) -> Option<(DevicePtr, u64)> {
+    /// Removes empty blocks of `home`, all but `keep` of them; returns their addresses.
+    pub fn drop_empty(&mut self, home: Home, keep: usize) -> Vec<DevicePtr> {
+        let empty = self.room.range((home, BLOCK, 0)..=(home, BLOCK, u64::MAX));
+        let gone: Vec<_> = empty.skip(keep).map(|(_, _, base)| *base).collect();
+        for base in &gone {
+            self.blocks.remove(base);
+            self.room.remove(&(home, BLOCK, *base));
+        }
+        gone
+    }
+
+    /// Removes all empty blocks on a device; returns their addresses.
+    pub fn drop_all_empty(&mut self, device: i32) -> Vec<DevicePtr> {
+        let homes: BTreeSet<Home> =
+            self.room.iter().map(|(home, _, _)| *home).filter(|h| h.0 == device).collect();
+        homes.into_iter().flat_map(|home| self.drop_empty(home, 0)).collect()
+    }
+
+    /// The allocation that contains `address`.
+    pub fn find(&self, address: DevicePtr) -> Option<Piece> {
         let (base, block) = self.block(address)?;
-        let (at, size) = block.used.range(..=address - base).next_back()?;
-        (address - base < at + size).then_some((base + at, *size))
+        let (at, (size, serial)) = block.used.range(..=address - base).next_back()?;
+        let piece = Piece { start: base + at, size: *size, serial: *serial, home: block.home };
+        (address - base < at + size).then_some(piece)
     }
 
     /// Number of allocations.
     pub fn count(&self) -> u64 {
-        self.0.values().map(|b| b.used.len() as u64).sum()
+        self.count
     }
 
-    /// Removes all blocks of a context; returns their addresses.
-    pub fn drop_context(&mut self, context: usize) -> Vec<DevicePtr> {
+    /// Removes all blocks of an owner; returns their addresses.
+    pub fn drop_owner(&mut self, owner: usize) -> Vec<DevicePtr> {
         let gone: Vec<_> =
-            self.0.iter().filter(|(_, b)| b.home.1 == context).map(|(base, _)| *base).collect();
-        gone.iter().for_each(|base| drop(self.0.remove(base)));
+            self.blocks.iter().filter(|(_, b)| b.home.1 == owner).map(|(base, _)| *base).collect();
+        for base in &gone {
+            if let Some(block) = self.blocks.remove(base) {
+                self.count -= block.used.len() as u64;
+                self.room.remove(&(block.home, block.largest(), *base));
+            }
+        }
         gone
     }
 }
@@ -120,6 +190,7 @@ mod tests {
     fn allocations_never_overlap_and_all_room_comes_back() {
         let mut small = Small::default();
         let mut live: Vec<(u64, u64)> = Vec::new();
+        let mut serials = std::collections::HashSet::new();
         let mut next_block = 0x7000_0000_0000;
         let mut random = 1u64;
         for round in 0..20_000u64 {
@@ -136,21 +207,40 @@ mod tests {
                 };
                 assert_eq!(at % ALIGN, 0);
                 assert!(live.iter().all(|(a, n)| at + size <= *a || a + n <= at), "overlap");
-                assert_eq!(small.range(at + size - 1), Some((at, size)));
-                assert!(small.holds(at) && !small.holds(at + 1));
+                let found = small.find(at + size - 1).unwrap();
+                assert_eq!((found.start, found.size), (at, size));
+                assert!(serials.insert(found.serial), "serial used twice");
+                assert!(small.take(at + 1).is_none(), "not where an allocation begins");
                 live.push((at, size));
             } else {
                 let (at, _) = live.swap_remove((random >> 33) as usize % live.len());
-                small.free(at);
-                assert_eq!(small.range(at), None);
+                let piece = small.take(at).unwrap();
+                assert_eq!(small.find(at), None);
+                assert!(small.take(at).is_none(), "freed twice");
+                small.give_back(piece);
             }
             assert_eq!(small.count(), live.len() as u64);
         }
         for (at, _) in live {
-            small.free(at);
+            let piece = small.take(at).unwrap();
+            small.give_back(piece);
         }
-        assert!(small.0.is_empty(), "every block is given back");
-        assert!(small.free(0x1234).is_none());
+        let blocks = small.blocks.len();
+        assert_eq!(small.drop_empty(HOME, 1).len(), blocks - 1, "every block but one is given back");
+        assert_eq!(small.drop_empty(HOME, 0).len(), 1);
+        assert!(small.blocks.is_empty() && small.room.is_empty());
+        assert!(small.take(0x1234).is_none());
+    }
+
+    #[test]
+    fn what_was_taken_is_not_given_out_before_it_is_given_back() {
+        let mut small = Small::default();
+        small.add(HOME, 0);
+        let pieces: Vec<_> = (0..4).map(|_| small.allocate(HOME, LARGEST).unwrap()).collect();
+        let piece = small.take(pieces[2]).unwrap();
+        assert_eq!(small.allocate(HOME, LARGEST), None);
+        small.give_back(piece);
+        assert_eq!(small.allocate(HOME, LARGEST), Some(pieces[2]));
     }
 
     #[test]
@@ -160,7 +250,7 @@ mod tests {
         assert_eq!(small.allocate((0, 2), 100), None);
         assert_eq!(small.allocate((1, 1), 100), None);
         assert!(small.allocate((0, 1), 100).is_some());
-        assert_eq!(small.drop_context(1), vec![0x1000_0000]);
+        assert_eq!(small.drop_owner(1), vec![0x1000_0000]);
         assert_eq!(small.count(), 0);
     }
 }

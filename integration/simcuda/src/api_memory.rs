@@ -17,7 +17,8 @@ fn host<T>(f: impl FnOnce(&mut HashMap<usize, usize>) -> T) -> T {
     f(HOST.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert_default())
 }
 
-fn allocate(to: *mut u64, size: usize) -> Result<()> {
+/// Plain memory.
+pub fn allocate(to: *mut u64, size: usize) -> Result<()> {
     context::usable()?;
     if size == 0 || to.is_null() {
         return Err(INVALID_VALUE);
@@ -56,6 +57,19 @@ fn range(pointer: u64) -> Result<(u64, u64)> {
     })
 }
 
+fn attribute(data: *mut c_void, which: u32, pointer: u64) -> Result<()> {
+    let (start, len) = range(pointer)?;
+    match which {
+        1 => put(data.cast::<usize>(), 0),    // CONTEXT: none of virtual memory
+        2 => put(data.cast::<u32>(), 2),      // MEMORY_TYPE: device
+        7 => put(data.cast::<u64>(), start),  // BUFFER_ID
+        9 => put(data.cast::<i32>(), 0),      // DEVICE_ORDINAL
+        11 => put(data.cast::<u64>(), start), // RANGE_START_ADDR
+        12 => put(data.cast::<u64>(), len),   // RANGE_SIZE
+        _ => Err(INVALID_VALUE),
+    }
+}
+
 export! {
     fn cuMemAlloc_v2(to: *mut u64, size: usize) { allocate(to, size) }
     fn cuMemAllocPitch_v2(to: *mut u64, pitch: *mut usize, width: usize, height: usize, _element: u32) {
@@ -71,7 +85,7 @@ export! {
     }
     fn cuMemAllocAsync(to: *mut u64, size: usize, _on: *mut c_void) { allocate(to, size) }
     fn cuMemFreeAsync(pointer: u64, on: *mut c_void) {
-        range(pointer)?;
+        using(|s| s.mappings.get(&pointer).filter(|m| m.plain).map(|_| ()).ok_or(INVALID_VALUE))?;
         submit(on, move || change(|s| s.free(pointer))).map(|_| ())
     }
     fn cuMemGetAddressRange_v2(base: *mut u64, size: *mut usize, pointer: u64) {
@@ -81,15 +95,13 @@ export! {
         }
         if size.is_null() { Ok(()) } else { put(size, len as usize) }
     }
-    fn cuPointerGetAttribute(data: *mut c_void, attribute: u32, pointer: u64) {
-        let (start, len) = range(pointer)?;
-        match attribute {
-            2 => put(data.cast::<u32>(), 2),      // MEMORY_TYPE: device
-            9 => put(data.cast::<i32>(), 0),      // DEVICE_ORDINAL
-            11 => put(data.cast::<u64>(), start), // RANGE_START_ADDR
-            12 => put(data.cast::<u64>(), len),   // RANGE_SIZE
-            _ => Err(INVALID_VALUE),
+    fn cuPointerGetAttribute(data: *mut c_void, which: u32, pointer: u64) { attribute(data, which, pointer) }
+    fn cuPointerGetAttributes(count: u32, which: *const u32, data: *mut *mut c_void, pointer: u64) {
+        for i in 0..count as usize {
+            // SAFETY: CUDA's contract: arrays of `count` elements.
+            unsafe { attribute(*data.add(i), *which.add(i), pointer)? };
         }
+        Ok(())
     }
     fn cuMemHostAlloc(to: *mut *mut c_void, size: usize, _flags: u32) { allocate_host(to, size) }
     fn cuMemAllocHost_v2(to: *mut *mut c_void, size: usize) { allocate_host(to, size) }

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::api_system::{export, put};
-use crate::code::{INVALID_HANDLE, INVALID_VALUE, NOT_READY, Result, SUCCESS};
+use crate::code::{INVALID_HANDLE, INVALID_VALUE, NOT_READY, NOT_SUPPORTED, Result, SUCCESS};
 use crate::context::{self, Context};
 use crate::module;
 use crate::space;
@@ -42,6 +43,9 @@ fn stream(handle: Handle) -> Result<(Arc<Context>, Arc<Stream>)> {
 /// Queues work on a stream.
 pub fn submit(handle: Handle, work: impl FnOnce() -> Result<()> + Send + 'static) -> Result<Arc<Token>> {
     let (context, stream) = stream(handle)?;
+    if stream.capturing.load(Ordering::SeqCst) {
+        return Err(NOT_SUPPORTED);
+    }
     Ok(context.streams.submit(&stream, Vec::new(), Box::new(work)))
 }
 
@@ -146,6 +150,22 @@ export! {
             token.wait();
         }
         match context.streams.error() { SUCCESS => Ok(()), code => Err(code) }
+    }
+    fn cuStreamGetId(handle: Handle, to: *mut u64) { put(to, stream(handle)?.1.number) }
+    fn cuStreamGetCtx(handle: Handle, to: *mut Handle) {
+        stream(handle)?;
+        put(to, context::current_handle() as Handle)
+    }
+    fn cuStreamBeginCapture_v2(handle: Handle, _mode: u32) {
+        stream(handle)?.1.capturing.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+    fn cuStreamEndCapture(handle: Handle, graph: *mut Handle) {
+        stream(handle)?.1.capturing.store(false, Ordering::SeqCst);
+        put(graph, std::ptr::null_mut())
+    }
+    fn cuStreamIsCapturing(handle: Handle, status: *mut u32) {
+        put(status, u32::from(stream(handle)?.1.capturing.load(Ordering::SeqCst)))
     }
     fn cuStreamQuery(handle: Handle) { token_state(stream(handle)?.1.last()) }
     fn cuStreamWaitEvent(handle: Handle, waited: Handle, _flags: u32) {

@@ -15,6 +15,7 @@
 mod api_context;
 mod api_memory;
 mod api_module;
+mod api_pool;
 mod api_stream;
 mod api_system;
 mod api_vmm;

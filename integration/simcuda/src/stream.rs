@@ -1,7 +1,7 @@
 //! Streams: queues of work, each worked off by a thread of its own, ordered as CUDA orders them.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::Instant;
@@ -64,7 +64,13 @@ pub struct Stream {
     queue: Mutex<(VecDeque<Item>, bool)>,
     changed: Condvar,
     last: Mutex<Option<Arc<Token>>>,
+    /// Never used twice in a process.
+    pub number: u64,
+    /// Work is meant for a graph, which is not simulated.
+    pub capturing: AtomicBool,
 }
+
+static NUMBER: AtomicU64 = AtomicU64::new(1);
 
 impl Stream {
     fn start(blocking: bool, error: Arc<AtomicU32>) -> Arc<Self> {
@@ -73,6 +79,8 @@ impl Stream {
             queue: Mutex::default(),
             changed: Condvar::new(),
             last: Mutex::new(None),
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            capturing: AtomicBool::new(false),
         });
         let own = stream.clone();
         thread::spawn(move || own.work_off(&error));
@@ -115,6 +123,8 @@ pub struct Streams {
     error: Arc<AtomicU32>,
     legacy: Arc<Stream>,
     others: Mutex<HashMap<usize, Arc<Stream>>>,
+    /// The last work of streams that were destroyed.
+    ending: Mutex<Vec<Arc<Token>>>,
     /// Held while work is queued, so that the order between streams is well defined.
     order: Mutex<usize>,
 }
@@ -123,7 +133,13 @@ impl Default for Streams {
     fn default() -> Self {
         let error = Arc::new(AtomicU32::new(SUCCESS));
         let legacy = Stream::start(true, error.clone());
-        Streams { error, legacy, others: Mutex::default(), order: Mutex::new(0x100) }
+        Streams {
+            error,
+            legacy,
+            others: Mutex::default(),
+            ending: Mutex::default(),
+            order: Mutex::new(0x100),
+        }
     }
 }
 
@@ -144,6 +160,9 @@ impl Streams {
     /// Ends a stream once its work is done.
     pub fn destroy(&self, handle: usize) -> bool {
         let Some(stream) = lock(&self.others).remove(&handle) else { return false };
+        let mut ending = lock(&self.ending);
+        ending.retain(|t| !t.is_done());
+        ending.extend(stream.last());
         lock(&stream.queue).1 = true;
         stream.changed.notify_all();
         true
@@ -175,7 +194,8 @@ impl Streams {
 
     fn newest(&self) -> Vec<Arc<Token>> {
         let others = lock(&self.others);
-        others.values().chain([&self.legacy]).filter_map(|s| s.last()).collect()
+        let live = others.values().chain([&self.legacy]).filter_map(|s| s.last());
+        live.chain(lock(&self.ending).iter().cloned()).collect()
     }
 
     /// Waits for everything.
