@@ -38,6 +38,14 @@ fn open(name: &str) -> Result<*mut c_void> {
     Ok(handle)
 }
 
+fn symbol(library: *mut c_void, name: &str) -> usize {
+    let text = CString::new(name).unwrap_or_default();
+    // SAFETY: a live handle and a NUL-terminated name.
+    let address = unsafe { libc::dlsym(library, text.as_ptr()) };
+    assert!(!address.is_null(), "{name} is not exported");
+    address as usize
+}
+
 fn load() -> Result<Loaded> {
     let control = tempfile::tempdir()?;
     // SAFETY: before this process loads a driver; other threads of a test harness do not read the environment.
@@ -97,18 +105,25 @@ impl Application {
         context
     }
 
+    /// Address of a function of the library.
+    pub fn symbol(&self, name: &str) -> usize {
+        symbol(self.loaded.library, name)
+    }
+
+    /// Address of a function of the simulated driver.
+    pub fn driver_symbol(&self, name: &str) -> usize {
+        symbol(self.loaded.driver, name)
+    }
+
     /// Calls an exported function with integers and pointers.
     pub fn call(&self, name: &str, args: &[usize]) -> Code {
         type Function = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize) -> Code;
-        let symbol = CString::new(name).unwrap_or_default();
         let mut a = [0; 6];
         a[..args.len()].copy_from_slice(args);
         // SAFETY: the symbol is a function of cuda.h, whose arguments are integers and pointers; those it does not have
         // are in registers that it does not read. The pointers are the caller's.
         unsafe {
-            let address = libc::dlsym(self.loaded.library, symbol.as_ptr());
-            assert!(!address.is_null(), "{name} is not exported");
-            let function = std::mem::transmute::<*mut c_void, Function>(address);
+            let function = std::mem::transmute::<usize, Function>(self.symbol(name));
             function(a[0], a[1], a[2], a[3], a[4], a[5])
         }
     }
@@ -123,9 +138,8 @@ impl Application {
         let rules = CString::new(rules).unwrap_or_default();
         // SAFETY: the simulated driver's own function of this type.
         unsafe {
-            let address = libc::dlsym(self.loaded.driver, c"simcuda_fail".as_ptr());
-            assert!(!address.is_null());
-            let fail = std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const i8) -> Code>(address);
+            let address = self.driver_symbol("simcuda_fail");
+            let fail = std::mem::transmute::<usize, unsafe extern "C" fn(*const i8) -> Code>(address);
             assert_eq!(fail(rules.as_ptr()), 0, "{rules:?}");
         }
     }

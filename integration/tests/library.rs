@@ -1,6 +1,6 @@
 //! `libphos.so` call by call: parking, and what happens when the driver fails in the middle of it.
 
-use phos_integration::application::Application;
+use phos_integration::application::{Application, out};
 
 const MIB: usize = 1 << 20;
 
@@ -79,4 +79,21 @@ fn an_attach_that_fails_can_be_tried_again() {
         pieces.check(&app);
     }
     pieces.free(&app);
+}
+
+#[test]
+fn a_function_of_a_newer_driver_passes_and_is_counted() {
+    let app = Application::start().unwrap();
+    let find = |version: usize| {
+        let (mut function, mut status) = (0usize, 0u32);
+        let name = c"cuLaunchHostFunc".as_ptr() as usize;
+        app.ok("cuGetProcAddress_v2", &[name, out(&mut function), version, 0, out(&mut status)]);
+        function
+    };
+    let unknown = || app.library().unwrap().query().unwrap().unknown_functions;
+    let before = unknown();
+    assert_eq!(find(12080), app.symbol("cuLaunchHostFunc"), "wrapped");
+    assert_eq!(unknown(), before);
+    assert_eq!(find(99000), app.driver_symbol("cuLaunchHostFunc_v99"), "never replaced by an older one");
+    assert_eq!(unknown(), before + 1);
 }

@@ -223,5 +223,9 @@ api! {
     retain = "cuMemRetainAllocationHandle"(*mut Handle, *mut c_void);
     properties = "cuMemGetAllocationPropertiesFromHandle"(*mut AllocationProp, Handle);
     multicast_create = "cuMulticastCreate"(*mut Handle, *const c_void);
+    multicast_bind = "cuMulticastBindMem"(Handle, usize, Handle, usize, usize, u64);
+    multicast_bind_2 = "cuMulticastBindMem_v2"(Handle, c_int, usize, Handle, usize, usize, u64);
+    endpoint_bind = "cuLogicalEndpointBindMem"(u64, c_int, u64, Handle, u64, u64, u64);
+    endpoint_bind_address = "cuLogicalEndpointBindAddr"(u64, c_int, u64, *mut c_void, u64, u64);
     ipc_get = "cuIpcGetMemHandle"(*mut c_void, DevicePtr);
 }

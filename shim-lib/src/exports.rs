@@ -16,11 +16,12 @@ pub use crate::pool_calls::{
     cuMemPoolCreate, cuMemPoolDestroy, cuMemPoolGetAttribute, cuMemPoolSetAccess, cuMemPoolSetAttribute,
     cuMemPoolTrimTo, cuStreamSynchronize, cuStreamSynchronize_ptsz,
 };
-pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_v2};
+pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_ptsz, cuGetProcAddress_v2};
 pub use crate::vmm::{
-    cuMemCreate, cuMemExportToShareableHandle, cuMemGetAllocationPropertiesFromHandle,
-    cuMemImportFromShareableHandle, cuMemMap, cuMemRelease, cuMemRetainAllocationHandle, cuMemSetAccess,
-    cuMemUnmap, cuMulticastCreate,
+    cuLogicalEndpointBindAddr, cuLogicalEndpointBindMem, cuMemCreate, cuMemExportToShareableHandle,
+    cuMemGetAllocationPropertiesFromHandle, cuMemImportFromShareableHandle, cuMemMap, cuMemRelease,
+    cuMemRetainAllocationHandle, cuMemSetAccess, cuMemUnmap, cuMulticastBindMem, cuMulticastBindMem_v2,
+    cuMulticastCreate,
 };
 
 include!(concat!(env!("OUT_DIR"), "/entry_points.rs"));

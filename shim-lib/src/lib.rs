@@ -14,6 +14,8 @@ compile_error!(
 mod cache;
 mod contexts;
 mod control;
+#[cfg(test)]
+mod coverage;
 mod cuda;
 mod entry;
 mod exports;

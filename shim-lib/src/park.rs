@@ -88,6 +88,7 @@ pub fn summary() -> Summary {
         pinned_bytes: load(&table::PINNED),
         allocations: table.plain.len() as u64 + table.small.count() + pooled,
         launches: gate::launches(),
+        unknown_functions: load(&crate::proc_address::UNKNOWN),
         ..Summary::default()
     };
     for p in table.physical.values() {

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::cuda::{SUCCESS, Status};
 use crate::entry::address_of;
@@ -20,6 +21,20 @@ fn by_address() -> &'static HashMap<usize, usize> {
         let known = WRAPPED.iter().map(|(index, wrapper)| (address_of(*index) as usize, wrapper.0 as usize));
         known.filter(|(address, _)| *address != 0).collect()
     })
+}
+
+/// Functions of the driver that the program found and this library does not know.
+pub static UNKNOWN: AtomicU64 = AtomicU64::new(0);
+
+/// The name under which the driver exports the function at this address.
+fn exported_as(address: *mut c_void) -> Option<&'static CStr> {
+    // SAFETY: an all-zero Dl_info is valid and is only written to; names live as long as the driver, which stays loaded.
+    unsafe {
+        let mut info: libc::Dl_info = std::mem::zeroed();
+        let found =
+            libc::dladdr(address, &mut info) != 0 && info.dli_saddr == address && !info.dli_sname.is_null();
+        found.then(|| CStr::from_ptr(info.dli_sname)).filter(|name| name.to_bytes().starts_with(b"cu"))
+    }
 }
 
 /// Whether the driver's answers are the addresses of its exported functions. They are on every driver seen so far; if
@@ -37,6 +52,12 @@ fn substitute(symbol: *const c_char, found: *mut c_void, flags: u64) -> *mut c_v
     static EXPORTS: OnceLock<std::collections::HashSet<usize>> = OnceLock::new();
     let exports = EXPORTS.get_or_init(|| (0..NAMES.len()).map(|i| address_of(i) as usize).collect());
     if exports.contains(&(found as usize)) {
+        return found;
+    }
+    if let Some(export) = exported_as(found) {
+        // A version newer than this library, perhaps with other arguments: it passes, and is counted.
+        UNKNOWN.fetch_add(1, Ordering::Relaxed);
+        crate::log!("{} is unknown", export.to_string_lossy());
         return found;
     }
     // CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM
@@ -104,4 +125,21 @@ pub unsafe extern "C" fn cuGetProcAddress(
         }
         result
     }
+}
+
+/// The same, as a program for per-thread default streams calls it.
+///
+/// # Safety
+/// As the driver's function.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetProcAddress_ptsz(
+    symbol: *const c_char,
+    entry: *mut *mut c_void,
+    version: c_int,
+    flags: u64,
+) -> Status {
+    // CU_GET_PROC_ADDRESS_LEGACY_STREAM or …_PER_THREAD_DEFAULT_STREAM, if the program says neither.
+    let flags = if flags & 3 == 0 { flags | 2 } else { flags };
+    // SAFETY: the arguments are the caller's.
+    unsafe { cuGetProcAddress(symbol, entry, version, flags) }
 }

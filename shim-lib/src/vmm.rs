@@ -295,6 +295,37 @@ pub unsafe extern "C" fn cuMemGetAllocationPropertiesFromHandle(
     result
 }
 
+/// The driver's handle in place of this library's.
+fn real_handle(handle: Handle) -> Handle {
+    let table = table::lock();
+    id_of(handle).and_then(|id| table.physical.get(&id)).map_or(handle, |p| p.handle)
+}
+
+/// Memory that becomes part of an object which cannot be parked: its handle is translated, and the use counted.
+macro_rules! bound {
+    ($name:ident, $api:ident, $($arg:ident: $type:ty),*) => {
+        /// # Safety
+        /// As the driver's function.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($arg: $type),*) -> Status {
+            let _pass = gate::gate();
+            // SAFETY: the arguments are the caller's, with the driver's own handle.
+            let result = unsafe { (api().$api)($(bound!(@$arg $arg)),*) };
+            if result == SUCCESS {
+                table::FOREIGN.fetch_add(1, Ordering::Relaxed);
+            }
+            result
+        }
+    };
+    (@memory $arg:ident) => { real_handle($arg) };
+    (@$other:ident $arg:ident) => { $arg };
+}
+
+bound!(cuMulticastBindMem, multicast_bind, object: Handle, offset: usize, memory: Handle, at: usize, size: usize, flags: u64);
+bound!(cuMulticastBindMem_v2, multicast_bind_2, object: Handle, device: c_int, offset: usize, memory: Handle, at: usize, size: usize, flags: u64);
+bound!(cuLogicalEndpointBindMem, endpoint_bind, object: u64, device: c_int, offset: u64, memory: Handle, at: u64, size: u64, flags: u64);
+bound!(cuLogicalEndpointBindAddr, endpoint_bind_address, object: u64, device: c_int, offset: u64, address: *mut c_void, size: u64, flags: u64);
+
 /// # Safety
 /// As the driver's function.
 #[unsafe(no_mangle)]

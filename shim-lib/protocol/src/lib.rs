@@ -39,7 +39,7 @@ pub use message::{Entry, Message, Summary, Timings};
 pub use transport::{Connection, TransportError};
 
 /// Version of this protocol. Both sides refuse any other.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Largest packet in bytes that either side sends or accepts.
 pub const MAX_PACKET: usize = 32 * 1024;

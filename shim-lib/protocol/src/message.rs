@@ -75,6 +75,8 @@ pub struct Summary {
     pub allocations: u64,
     /// Kernel and graph launches since the library was loaded.
     pub launches: u64,
+    /// Functions of the driver that the application uses and the library does not know (a newer driver).
+    pub unknown_functions: u64,
     /// Each a reason why this process cannot be checkpointed now, one line of text.
     pub blockers: Vec<String>,
 }
@@ -301,6 +303,7 @@ impl Message {
                 w.u64(s.pinned_bytes);
                 w.u64(s.allocations);
                 w.u64(s.launches);
+                w.u64(s.unknown_functions);
                 // A blocker is one line; sixteen of them are enough to know why, and fit a packet.
                 let blockers = &s.blockers[..s.blockers.len().min(16)];
                 w.u32(blockers.len() as u32);
@@ -380,6 +383,7 @@ impl Message {
                 }
                 let (driver_bytes, pinned_bytes) = (r.u64()?, r.u64()?);
                 let (allocations, launches) = (r.u64()?, r.u64()?);
+                let unknown_functions = r.u64()?;
                 let blockers = (0..r.count(4)?).map(|_| r.text()).collect::<Result<_, _>>()?;
                 Message::Summary(Summary {
                     entries,
@@ -388,6 +392,7 @@ impl Message {
                     pinned_bytes,
                     allocations,
                     launches,
+                    unknown_functions,
                     blockers,
                 })
             }
@@ -438,6 +443,7 @@ mod tests {
                 pinned_bytes: 7,
                 allocations: 8,
                 launches: 9,
+                unknown_functions: 10,
                 blockers: vec!["managed memory: 4096 bytes".into()],
             }),
             Message::Table { since: 4 },
