@@ -17,6 +17,19 @@ fn run(tools: &Tools) -> Result<()> {
     let bundle = box1.bundle.path.display().to_string();
     assert_ne!(box1.try_verb("create", &["--bundle", &bundle])?.status, 0);
     let mut after_first = 0;
+    let seen: serde_json::Value = serde_json::from_str(&box1.verb("gpu", &["--json"])?)?;
+    let process = &seen["processes"][0];
+    assert_eq!((&process["driverState"], &process["library"]), (&"running".into(), &true.into()), "{seen}");
+    for class in ["plain", "small", "virtual", "pool"] {
+        assert!(process["parkedBytes"][class].as_u64().is_some_and(|b| b > 0), "{class}: {seen}");
+    }
+    assert!(process["launches"].as_u64().is_some_and(|n| n > 5), "{seen}");
+    assert_eq!(
+        (&process["driverBytes"], &process["blockers"]),
+        (&0.into(), &serde_json::json!([])),
+        "{seen}"
+    );
+    assert!(box1.verb("gpu", &[])?.contains("MiB in "));
     for name in ["running-1", "running-2"] {
         box1.checkpoint(name, true)?;
         let lines = box1.steps(5)?;

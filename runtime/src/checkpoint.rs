@@ -15,7 +15,7 @@ use phos_engine::processes;
 use phos_engine::service::{Client, ClientError, LowerOutput};
 
 use crate::args::{Args, TRACE};
-use crate::config::find_criu;
+use crate::config::{Config, find_criu};
 use crate::context::Context;
 use crate::state::StateDir;
 use crate::{log, progress, trace};
@@ -46,13 +46,19 @@ pub fn prepare_environment(run: &Context, state: &StateDir) -> Result<String> {
         if env::var_os("CRIU_CONFIG_FILE").is_none() {
             env::set_var("CRIU_CONFIG_FILE", state.criu_options());
         }
-        if let Some(libcuda) = &run.config.libcuda
-            && env::var_os("PHOS_LIBCUDA").is_none()
-        {
-            env::set_var("PHOS_LIBCUDA", libcuda);
-        }
     }
+    choose_driver(&run.config);
     Ok(version)
+}
+
+/// Has the driver library used that the configuration names.
+pub fn choose_driver(config: &Config) {
+    if let Some(libcuda) = &config.libcuda
+        && env::var_os("PHOS_LIBCUDA").is_none()
+    {
+        // SAFETY: this program has one thread so far.
+        unsafe { env::set_var("PHOS_LIBCUDA", libcuda) };
+    }
 }
 
 /// Runs `future` in a runtime of its own.

@@ -7,6 +7,7 @@ mod checkpoint;
 mod config;
 mod context;
 mod create;
+mod gpu;
 mod inspect;
 mod log;
 mod lower;
@@ -28,6 +29,7 @@ use crate::lower::Lower;
 const OWN_HELP: &str = "
 PHOS-RUNC:
    phos-runc adds the GPU to `checkpoint` and `restore`, and these commands:
+     gpu ID [--json]                    shows what its processes hold on the GPU
      inspect IMAGE [--json] [--verify]  shows what a GPU image holds
 ";
 
@@ -58,6 +60,7 @@ fn dispatch(args: &Args) -> Result<i32> {
         "delete" => create::delete(&own(args)?),
         "checkpoint" => checkpoint::run(&own(args)?),
         "restore" => restore::run(&own(args)?),
+        "gpu" => gpu::run(&own(args)?),
         "inspect" => inspect::run(args),
         "" | "help" => describe(&own(args)?),
         "__keeper" => Ok(phos_engine::keeper::run(&args.all[1..]).map(|()| 0)?),
