@@ -24,6 +24,8 @@ extern "C" fn no_device() -> Status {
 }
 
 /// Finds the driver's function number `index` and remembers it.
+#[cold]
+#[inline(never)]
 pub extern "C" fn resolve(index: usize) -> usize {
     let mut address = real::find(NAMES[index]) as usize;
     if address == 0 {

@@ -5,17 +5,20 @@
 //! needed, and only the closing side pays for it: `membarrier(2)` makes every running thread execute one.
 
 use std::cell::Cell;
+use std::ptr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 use std::time::{Duration, Instant};
 
-const OPEN: u32 = 0;
-const CLOSED: u32 = 1;
+use crate::thread_slot;
 
-/// [`OPEN`] or [`CLOSED`]; the futex that waiting threads sleep on.
-static GATE: AtomicU32 = AtomicU32::new(OPEN);
-/// `membarrier` does not work here: entering threads pay for a barrier themselves.
-static FENCED: AtomicBool = AtomicBool::new(false);
+/// Bit of [`STATE`]: nobody may enter.
+const CLOSED: u32 = 1;
+/// Bit of [`STATE`]: `membarrier` does not work here, so entering threads pay for a barrier themselves.
+const FENCED: u32 = 2;
+
+/// Of these bits; the futex that waiting threads sleep on. 0 as long as entering is free.
+static STATE: AtomicU32 = AtomicU32::new(0);
 
 /// A thread's mark. A cache line of its own.
 #[repr(align(128))]
@@ -28,7 +31,6 @@ struct Slot {
 static SLOTS: Mutex<Vec<&'static Slot>> = Mutex::new(Vec::new());
 
 thread_local! {
-    static SLOT: Cell<Option<&'static Slot>> = const { Cell::new(None) };
     static GUARD: Owner = const { Owner(Cell::new(None)) };
 }
 
@@ -38,7 +40,7 @@ struct Owner(Cell<Option<&'static Slot>>);
 impl Drop for Owner {
     fn drop(&mut self) {
         if let Some(slot) = self.0.take() {
-            let _ = SLOT.try_with(|s| s.set(None));
+            thread_slot::set(ptr::null());
             slot.taken.store(false, Ordering::Release);
         }
     }
@@ -63,7 +65,7 @@ fn register() -> &'static Slot {
         }
     };
     drop(slots);
-    SLOT.with(|s| s.set(Some(slot)));
+    thread_slot::set(ptr::from_ref(slot).cast());
     // A thread that is already ending keeps its slot for ever; there are few of those.
     let _ = GUARD.try_with(|g| g.0.set(Some(slot)));
     slot
@@ -84,17 +86,27 @@ impl Drop for Pass {
 /// Enters, waiting while the gate is closed. A thread that is inside already enters again at once.
 #[inline(always)]
 pub fn gate() -> Pass {
-    let slot = SLOT.get().unwrap_or_else(register);
+    // SAFETY: only `register` sets the pointer, to a slot that is never freed.
+    let slot = match unsafe { thread_slot::get().cast::<Slot>().as_ref() } {
+        Some(slot) => slot,
+        None => register(),
+    };
     let depth = slot.depth.load(Ordering::Relaxed);
     slot.depth.store(depth + 1, Ordering::Relaxed);
     compiler_fence(Ordering::SeqCst);
-    if FENCED.load(Ordering::Relaxed) {
-        fence(Ordering::SeqCst);
-    }
-    if depth == 0 && GATE.load(Ordering::Acquire) != OPEN {
-        wait(slot);
+    if STATE.load(Ordering::Acquire) != 0 {
+        look_again(slot, depth);
     }
     Pass(slot)
+}
+
+/// The mark is set and the state is not 0.
+#[cold]
+fn look_again(slot: &Slot, depth: u32) {
+    fence(Ordering::SeqCst);
+    if depth == 0 && STATE.load(Ordering::Acquire) & CLOSED != 0 {
+        wait(slot);
+    }
 }
 
 /// Enters and counts a launch.
@@ -110,19 +122,20 @@ pub fn launch() -> Pass {
 fn wait(slot: &Slot) {
     loop {
         slot.depth.store(0, Ordering::Release);
+        let state = STATE.load(Ordering::Relaxed) | CLOSED;
         // SAFETY: a futex wait on a static word, without a timeout.
         unsafe {
             libc::syscall(
                 libc::SYS_futex,
-                GATE.as_ptr(),
+                STATE.as_ptr(),
                 libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                CLOSED,
+                state,
                 std::ptr::null::<libc::timespec>(),
             );
         }
         slot.depth.store(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        if GATE.load(Ordering::Acquire) == OPEN {
+        if STATE.load(Ordering::Acquire) & CLOSED == 0 {
             return;
         }
     }
@@ -141,9 +154,8 @@ fn barrier() {
             && libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED, 0, 0) == 0
     };
     if !done {
-        FENCED.store(true, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        // A thread that read FENCED just before may be between its two steps; it gets out of them in this time.
+        STATE.fetch_or(FENCED, Ordering::SeqCst);
+        // A thread that read the state just before may be between its two steps; it gets out of them in this time.
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -152,7 +164,7 @@ fn barrier() {
 /// again and `false` returned.
 pub fn close(patience: Duration) -> bool {
     let deadline = Instant::now() + patience;
-    GATE.store(CLOSED, Ordering::SeqCst);
+    STATE.fetch_or(CLOSED, Ordering::SeqCst);
     barrier();
     let mut rounds = 0u32;
     loop {
@@ -178,16 +190,16 @@ pub fn close(patience: Duration) -> bool {
 
 /// Opens the gate and wakes everyone who waits.
 pub fn open() {
-    GATE.store(OPEN, Ordering::SeqCst);
+    STATE.fetch_and(!CLOSED, Ordering::SeqCst);
     // SAFETY: a futex wake on a static word.
     unsafe {
-        libc::syscall(libc::SYS_futex, GATE.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX);
+        libc::syscall(libc::SYS_futex, STATE.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX);
     }
 }
 
 /// In a child after `fork`: its one thread is inside nothing, and the gate's state was the parent's.
 pub fn reset_after_fork() {
-    GATE.store(OPEN, Ordering::SeqCst);
+    STATE.fetch_and(!CLOSED, Ordering::SeqCst);
     if let Ok(slots) = SLOTS.try_lock() {
         slots.iter().for_each(|s| s.depth.store(0, Ordering::Relaxed));
     }

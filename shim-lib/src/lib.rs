@@ -32,6 +32,7 @@ mod real;
 mod small;
 mod streams;
 mod table;
+mod thread_slot;
 mod vmm;
 
 /// Prints a line to standard error if `PHOS_LOG` is set; otherwise this library is silent.

@@ -85,6 +85,8 @@ driver! {
     stream_synchronize = "cuStreamSynchronize"(stream: Handle);
     alloc = "cuMemAlloc"(pointer: *mut u64, size: usize);
     alloc_async = "cuMemAllocAsync"(pointer: *mut u64, size: usize, stream: Handle);
+    free = "cuMemFree"(pointer: u64);
+    free_async = "cuMemFreeAsync"(pointer: u64, stream: Handle);
     host_alloc = "cuMemHostAlloc"(pointer: *mut Handle, size: usize, flags: u32);
     reserve = "cuMemAddressReserve"(address: *mut u64, size: usize, alignment: usize, at: u64, flags: u64);
     create = "cuMemCreate"(handle: *mut u64, size: usize, prop: *const Prop, flags: u64);

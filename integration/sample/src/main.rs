@@ -7,6 +7,7 @@
 //! Every verified step appends a line to `--out`:
 //! `step=N digest=H ok=1 t_ms=T gap_ms=G`, where G is the longest time between two steps so far.
 
+mod bench;
 mod cuda;
 mod model;
 mod state;
@@ -24,6 +25,7 @@ use crate::cuda::Cuda;
 use crate::state::State;
 
 const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--small N] [--steps N] [--step-ms N] [--verify-every N] [--stop-file FILE] [--hang-file FILE]
+       phos-sample --bench N
 
   --out FILE          where the status lines go
   --mib N             MiB of GPU memory to hold (64)
@@ -32,6 +34,7 @@ const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--small N] [--step
   --step-ms N         wait so long after each step (5)
   --verify-every N    verify the whole state every so many steps (1)
   --stop-file FILE    end when this file exists
+  --bench N           no steps: print what N empty launches and N/100 allocations cost, in ns
   --hang-file FILE    while this file exists, keep the GPU busy with one kernel that does not end";
 
 struct Options {
@@ -43,6 +46,7 @@ struct Options {
     verify_every: u64,
     stop_file: Option<PathBuf>,
     hang_file: Option<PathBuf>,
+    bench: usize,
 }
 
 fn options() -> Result<Options> {
@@ -55,6 +59,7 @@ fn options() -> Result<Options> {
         verify_every: 1,
         stop_file: None,
         hang_file: None,
+        bench: 0,
     };
     let mut words = env::args_os().skip(1);
     while let Some(word) = words.next() {
@@ -75,11 +80,12 @@ fn options() -> Result<Options> {
             "--step-ms" => o.step_ms = number()?,
             "--verify-every" => o.verify_every = number()?.max(1),
             "--stop-file" => o.stop_file = Some(value.into()),
+            "--bench" => o.bench = number()? as usize,
             "--hang-file" => o.hang_file = Some(value.into()),
             _ => bail!("unknown option {name}\n{USAGE}"),
         }
     }
-    if o.out.as_os_str().is_empty() {
+    if o.out.as_os_str().is_empty() && o.bench == 0 {
         bail!("--out is missing\n{USAGE}");
     }
     Ok(o)
@@ -95,6 +101,9 @@ fn monotonic_ms() -> u128 {
 fn run() -> Result<()> {
     let options = options()?;
     let cuda = Cuda::load()?;
+    if options.bench > 0 {
+        return bench::run(&cuda, options.bench);
+    }
     let mut state = State::allocate(&cuda, options.mib << 20, options.small as usize)?;
     let mut longest = Duration::ZERO;
     let mut last = Instant::now();

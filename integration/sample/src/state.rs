@@ -200,6 +200,19 @@ impl<'a> State<'a> {
         Ok(())
     }
 
+    /// One of the streams.
+    pub fn stream(&self) -> Handle {
+        self.streams[0]
+    }
+
+    /// Launches a kernel of one thread `count` times and waits.
+    pub fn launch_empty(&self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            self.launch(self.count, 1, self.streams[0], &mut [])?;
+        }
+        self.cuda.stream_synchronize(self.streams[0])
+    }
+
     /// Reads everything back; returns a digest of it and whether it is right to the last bit.
     pub fn verify(&self) -> Result<(u64, bool)> {
         let mut digest = 0xcbf2_9ce4_8422_2325u64;
