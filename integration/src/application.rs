@@ -117,14 +117,16 @@ impl Application {
 
     /// Calls an exported function with integers and pointers.
     pub fn call(&self, name: &str, args: &[usize]) -> Code {
-        type Function = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize) -> Code;
-        let mut a = [0; 6];
+        type Word = usize;
+        #[rustfmt::skip]
+        type Function = unsafe extern "C" fn(Word, Word, Word, Word, Word, Word, Word, Word, Word, Word, Word) -> Code;
+        let mut a = [0; 11];
         a[..args.len()].copy_from_slice(args);
         // SAFETY: the symbol is a function of cuda.h, whose arguments are integers and pointers; those it does not have
-        // are in registers that it does not read. The pointers are the caller's.
+        // are in registers, or on the stack, where it does not read. The pointers are the caller's.
         unsafe {
             let function = std::mem::transmute::<usize, Function>(self.symbol(name));
-            function(a[0], a[1], a[2], a[3], a[4], a[5])
+            function(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10])
         }
     }
 

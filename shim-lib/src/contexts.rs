@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use crate::cuda::{Context, DeviceOrdinal, SUCCESS, Status};
 use crate::real::api;
-use crate::{gate, memory, pools};
+use crate::{gate, memory, peers, pools};
 
 /// Contexts the application made itself. Addresses: they are only handed back to the driver.
 static CREATED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
@@ -67,6 +67,7 @@ pub unsafe extern "C" fn cuCtxDestroy_v2(context: Context) -> Status {
     if result == SUCCESS {
         CREATED.lock().unwrap_or_else(|e| e.into_inner()).retain(|c| *c != context as usize);
         pools::context_is_gone(context as usize);
+        peers::context_is_gone(context as usize);
         memory::free_context(context as usize);
     }
     result

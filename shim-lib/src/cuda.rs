@@ -177,6 +177,8 @@ api! {
     ctx_push = "cuCtxPushCurrent_v2"(Context);
     ctx_pop = "cuCtxPopCurrent_v2"(*mut Context);
     ctx_synchronize = "cuCtxSynchronize"();
+    ctx_enable_peer = "cuCtxEnablePeerAccess"(Context, u32);
+    ctx_disable_peer = "cuCtxDisablePeerAccess"(Context);
     ctx_get_limit = "cuCtxGetLimit"(*mut usize, u32);
     ctx_set_limit = "cuCtxSetLimit"(u32, usize);
     capture_mode = "cuThreadExchangeStreamCaptureMode"(*mut u32);

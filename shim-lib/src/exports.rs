@@ -9,6 +9,7 @@ pub use crate::memory::{
     cuIpcGetMemHandle, cuMemAlloc_v2, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2,
     cuMemHostAlloc,
 };
+pub use crate::peers::{cuCtxDisablePeerAccess, cuCtxEnablePeerAccess};
 pub use crate::pointers::{cuMemGetAddressRange_v2, cuPointerGetAttribute, cuPointerGetAttributes};
 pub use crate::pool_calls::{
     cuCtxSynchronize, cuCtxSynchronize_v2, cuEventSynchronize, cuMemAllocAsync, cuMemAllocAsync_ptsz,

@@ -23,6 +23,7 @@ mod fds;
 mod gate;
 mod memory;
 mod park;
+mod peers;
 mod pointers;
 mod pool_calls;
 mod pools;

@@ -19,7 +19,7 @@ use crate::fds::Kept;
 use crate::real::api;
 use crate::small::{BLOCK, LARGEST};
 use crate::table::{self, Mapping, Physical, Plain};
-use crate::{gate, pools};
+use crate::{gate, peers, pools};
 
 /// What matters about a device.
 #[derive(Clone, Copy)]
@@ -184,13 +184,15 @@ fn allocate(size: usize) -> Result<Option<DevicePtr>, Status> {
         if let Some(pointer) = table::lock().small.allocate(home, size as u64) {
             return Ok(Some(pointer));
         }
-        let block = make_room(device, || make(device, BLOCK as usize, CLASS_SMALL, &[]))?;
+        let peers = peers::accessors(device);
+        let block = make_room(device, || make(device, BLOCK as usize, CLASS_SMALL, &peers.descs))?;
         let mut table = table::lock();
         table.small.add(home, block);
         return Ok(table.small.allocate(home, size as u64));
     }
     let reserved = size.checked_next_multiple_of(BLOCK as usize).ok_or(OUT_OF_MEMORY)?;
-    let pointer = make_room(device, || make(device, reserved, CLASS_PLAIN, &[]))?;
+    let peers = peers::accessors(device);
+    let pointer = make_room(device, || make(device, reserved, CLASS_PLAIN, &peers.descs))?;
     table::lock().plain.insert(pointer, Plain { size, reserved, context: context as usize });
     Ok(Some(pointer))
 }

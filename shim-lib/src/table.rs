@@ -182,6 +182,10 @@ impl Table {
     pub fn set_access(&mut self, address: DevicePtr, len: usize, descs: &[AccessDesc]) {
         for (_, m) in self.mappings.range_mut(address..address + len as u64) {
             for desc in descs {
+                if desc.flags == 0 {
+                    m.access.retain(|d| d.location != desc.location);
+                    continue;
+                }
                 match m.access.iter_mut().find(|d| d.location == desc.location) {
                     Some(known) => *known = *desc,
                     None => m.access.push(*desc),

@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_void};
 
 use crate::api_system::{export, put};
-use crate::code::{INVALID_CONTEXT, INVALID_VALUE, Result, SUCCESS};
+use crate::code::{INVALID_CONTEXT, INVALID_VALUE, PEER_ENABLED, PEER_NOT_ENABLED, Result, SUCCESS};
 use crate::{context, device};
 
 type Handle = *mut c_void;
@@ -57,6 +57,25 @@ export! {
         if to.is_null() { Ok(()) } else { put(to, popped as Handle) }
     }
     fn cuCtxGetDevice(to: *mut c_int) { put(to, context::current()?.device) }
+    fn cuDeviceCanAccessPeer(to: *mut c_int, device: c_int, peer: c_int) {
+        device::check(device)?;
+        device::check(peer)?;
+        put(to, c_int::from(device != peer))
+    }
+    fn cuCtxEnablePeerAccess(peer: Handle, _flags: u32) {
+        if context::current()?.peers.lock().unwrap_or_else(|e| e.into_inner()).insert(context::get(peer as usize)?.device) {
+            Ok(())
+        } else {
+            Err(PEER_ENABLED)
+        }
+    }
+    fn cuCtxDisablePeerAccess(peer: Handle) {
+        if context::current()?.peers.lock().unwrap_or_else(|e| e.into_inner()).remove(&context::get(peer as usize)?.device) {
+            Ok(())
+        } else {
+            Err(PEER_NOT_ENABLED)
+        }
+    }
     fn cuCtxSynchronize() {
         match context::current()?.streams.synchronize() {
             SUCCESS => Ok(()),

@@ -19,11 +19,11 @@ fn host<T>(f: impl FnOnce(&mut HashMap<usize, usize>) -> T) -> T {
 
 /// Plain memory.
 pub fn allocate(to: *mut u64, size: usize) -> Result<()> {
-    context::usable()?;
+    let device = context::usable()?.device;
     if size == 0 || to.is_null() {
         return Err(INVALID_VALUE);
     }
-    put(to, change(|s| s.allocate(size as u64))?)
+    put(to, change(|s| s.allocate(device, size as u64))?)
 }
 
 fn allocate_host(to: *mut *mut c_void, size: usize) -> Result<()> {

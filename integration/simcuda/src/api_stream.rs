@@ -134,7 +134,13 @@ fn launch(
         unsafe { std::ptr::copy_nonoverlapping((*params.add(i)).cast::<u8>(), word.as_mut_ptr(), *size) };
         args.push(u64::from_le_bytes(word));
     }
-    submit(handle, move || (function.kernel)(&args))?;
+    let device = context::usable()?.device;
+    submit(handle, move || {
+        space::DEVICE.set(Some(device));
+        let result = (function.kernel)(&args);
+        space::DEVICE.set(None);
+        result
+    })?;
     Ok(())
 }
 

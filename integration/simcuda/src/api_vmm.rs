@@ -63,7 +63,7 @@ export! {
         device::check(prop.location)?;
         device::hold_node();
         // CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR is 1.
-        let made = Physical::allocate(size as u64, prop.handle_types & 1 != 0)?;
+        let made = Physical::allocate(prop.location, size as u64, prop.handle_types & 1 != 0)?;
         put(to, change(|s| s.insert_handle(made)))
     }
     fn cuMemRelease(handle: u64) {
@@ -88,10 +88,7 @@ export! {
         change(|s| s.unmap(address, size as u64))
     }
     fn cuMemSetAccess(address: u64, size: usize, descs: *const Access, count: usize) {
-        let mut accessible = false;
-        for i in 0..count {
-            accessible |= read(descs.wrapping_add(i))?.flags != 0;
-        }
+        let descs = (0..count).map(|i| read(descs.wrapping_add(i))).collect::<Result<Vec<_>>>()?;
         change(|s| {
             let end = address + size as u64;
             let inside: Vec<_> = s.mappings.range(address..end).map(|(a, m)| (*a, m.len)).collect();
@@ -100,7 +97,10 @@ export! {
             }
             inside.iter().for_each(|(a, _)| {
                 if let Some(m) = s.mappings.get_mut(a) {
-                    m.accessible = accessible;
+                    for desc in &descs {
+                        m.access.retain(|d| *d != desc.location);
+                        m.access.extend((desc.flags != 0).then_some(desc.location));
+                    }
                 }
             });
             Ok(())
@@ -141,6 +141,6 @@ export! {
     fn cuMemGetAllocationPropertiesFromHandle(to: *mut Prop, handle: u64) {
         let physical = physical(handle)?;
         let handle_types = u32::from(physical.exportable || physical.imported);
-        put(to, Prop { kind: 1, handle_types, location_kind: 1, location: 0, win32: std::ptr::null_mut(), flags: 0 })
+        put(to, Prop { kind: 1, handle_types, location_kind: 1, location: physical.device, win32: std::ptr::null_mut(), flags: 0 })
     }
 }

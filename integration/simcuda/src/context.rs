@@ -1,7 +1,7 @@
 //! Contexts: primary ones, made ones, and which is current in a thread.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::code::{INVALID_CONTEXT, Result, SUCCESS};
@@ -16,6 +16,8 @@ pub struct Context {
     pub streams: Streams,
     /// Its limits by `CUlimit`.
     pub limits: Mutex<HashMap<u32, usize>>,
+    /// Devices whose memory it may access.
+    pub peers: Mutex<HashSet<i32>>,
 }
 
 #[derive(Default)]
@@ -40,8 +42,12 @@ fn contexts() -> MutexGuard<'static, Option<Contexts>> {
 fn make(contexts: &mut Contexts, device: i32) -> usize {
     contexts.next += 0x1000;
     let handle = 0xc0de_0000 + contexts.next;
-    let context =
-        Context { device, streams: Streams::default(), limits: Mutex::new(HashMap::from([(0, 1024)])) };
+    let context = Context {
+        device,
+        streams: Streams::default(),
+        limits: Mutex::new(HashMap::from([(0, 1024)])),
+        peers: Mutex::default(),
+    };
     contexts.all.insert(handle, Arc::new(context));
     device::hold_node();
     handle

@@ -72,12 +72,13 @@ fn variables(ptx: &str) -> Vec<(String, u64)> {
 
 /// Loads a module from PTX text.
 pub fn load(ptx: &str) -> Result<usize> {
+    let device = crate::context::current()?.device;
     if !ptx.contains(".version") {
         return Err(INVALID_IMAGE);
     }
     let mut placed = HashMap::new();
     for (name, size) in variables(ptx) {
-        placed.insert(name, (space::change(|s| s.allocate(size))?, size));
+        placed.insert(name, (space::change(|s| s.allocate(device, size))?, size));
     }
     registry(|r| {
         let mut module = Module { functions: HashMap::new(), variables: placed };

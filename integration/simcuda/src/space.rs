@@ -4,6 +4,7 @@
 //! Device addresses are addresses of this process, so that kernels can be host functions; the table here says which
 //! of them may be touched.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,6 +16,11 @@ use crate::device::machine;
 /// Allocation granularity, bytes.
 pub const GRANULARITY: u64 = 2 << 20;
 
+thread_local! {
+    /// The device whose kernel this thread runs; none for copies, which any device with access may do.
+    pub static DEVICE: Cell<Option<i32>> = const { Cell::new(None) };
+}
+
 /// Bytes of physical memory this process has allocated and not freed.
 static USED: AtomicU64 = AtomicU64::new(0);
 
@@ -25,6 +31,8 @@ pub struct Physical {
     saved: Mutex<Option<Vec<u8>>>,
     /// Bytes.
     pub size: u64,
+    /// Where it is; of imported memory it is not known and 0.
+    pub device: i32,
     /// It can be exported.
     pub exportable: bool,
     /// It was exported to, or came from, another process.
@@ -51,7 +59,7 @@ fn memfd(size: u64) -> Result<OwnedFd> {
 
 impl Physical {
     /// Allocates zeroed memory.
-    pub fn allocate(size: u64, exportable: bool) -> Result<Arc<Self>> {
+    pub fn allocate(device: i32, size: u64, exportable: bool) -> Result<Arc<Self>> {
         let before = USED.fetch_add(size, Ordering::SeqCst);
         if before.saturating_add(size) > machine().memory {
             USED.fetch_sub(size, Ordering::SeqCst);
@@ -64,6 +72,7 @@ impl Physical {
             fd: Mutex::new(Some(fd)),
             saved: Mutex::new(None),
             size,
+            device,
             exportable,
             shared: AtomicBool::new(false),
             imported: false,
@@ -87,6 +96,7 @@ impl Physical {
                 fd: Mutex::new(Some(copy)),
                 saved: Mutex::new(None),
                 size: stat.st_size as u64,
+                device: 0,
                 exportable: false,
                 shared: AtomicBool::new(true),
                 imported: true,
@@ -165,8 +175,8 @@ pub struct Mapping {
     pub len: u64,
     /// What.
     pub physical: Arc<Physical>,
-    /// Access was granted.
-    pub accessible: bool,
+    /// Devices that may access it.
+    pub access: Vec<i32>,
     /// Made by cuMemAlloc and its like: the driver owns it, and the address range with it.
     pub plain: bool,
 }
@@ -268,7 +278,8 @@ impl Space {
             return Err(INVALID_VALUE);
         }
         physical.map_at(address, len)?;
-        self.mappings.insert(address, Mapping { len, physical, accessible: plain, plain });
+        let access = if plain { vec![physical.device] } else { Vec::new() };
+        self.mappings.insert(address, Mapping { len, physical, access, plain });
         Ok(())
     }
 
@@ -287,9 +298,9 @@ impl Space {
     }
 
     /// Allocates, reserves and maps at once.
-    pub fn allocate(&mut self, size: u64) -> Result<u64> {
+    pub fn allocate(&mut self, device: i32, size: u64) -> Result<u64> {
         let len = size.checked_next_multiple_of(GRANULARITY).ok_or(OUT_OF_MEMORY)?;
-        let physical = Physical::allocate(len, false)?;
+        let physical = Physical::allocate(device, len, false)?;
         let address = self.reserve(len)?;
         self.map(address, len, physical, true)?;
         Ok(address)
@@ -315,7 +326,9 @@ impl Space {
         let mut at = address;
         while at < end {
             let (start, m) = self.mappings.range(..=at).next_back().ok_or(ILLEGAL_ADDRESS)?;
-            if at >= start + m.len || !m.accessible {
+            let device = DEVICE.get();
+            let granted = m.access.iter().any(|d| device.is_none_or(|own| own == *d));
+            if at >= start + m.len || !granted {
                 return Err(ILLEGAL_ADDRESS);
             }
             at = start + m.len;
