@@ -201,6 +201,7 @@ def serve_driver():
 
 
 def show_logs():
+    print(subprocess.run("dmesg | tail -n 5", shell=True, stdout=subprocess.PIPE, text=True).stdout)
     for pattern in ("state/*/engine.log", "images/*.work/*.log", "*.runc.log", "out/*.err"):
         newest = sorted(glob.glob(f"{WORK}/{pattern}"), key=os.path.getmtime)[-1:]
         for path in newest:

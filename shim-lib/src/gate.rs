@@ -3,6 +3,9 @@
 //! Every thread has a mark of its own that says how deep it is inside the driver. Entering sets the mark, then looks at
 //! the gate; closing sets the gate, then looks at the marks. Between the two steps of a side a memory barrier is
 //! needed, and only the closing side pays for it: `membarrier(2)` makes every running thread execute one.
+//!
+//! A thread that only waits for the GPU inside the driver does not keep the gate from closing: what it waits for may take
+//! a while. But it has to be out of the driver before the driver's state is taken away, see [`settle`].
 
 use std::cell::Cell;
 use std::ptr;
@@ -16,6 +19,9 @@ use crate::thread_slot;
 const CLOSED: u32 = 1;
 /// Bit of [`STATE`]: `membarrier` does not work here, so entering threads pay for a barrier themselves.
 const FENCED: u32 = 2;
+
+/// What a thread that waits for the GPU adds to its mark; other calls add 1.
+const WAITING: u32 = 1 << 16;
 
 /// Of these bits; the futex that waiting threads sleep on. 0 as long as entering is free.
 static STATE: AtomicU32 = AtomicU32::new(0);
@@ -83,29 +89,55 @@ impl Drop for Pass {
     }
 }
 
+#[inline(always)]
+fn own_slot() -> &'static Slot {
+    // SAFETY: only `register` sets the pointer, to a slot that is never freed.
+    match unsafe { thread_slot::get().cast::<Slot>().as_ref() } {
+        Some(slot) => slot,
+        None => register(),
+    }
+}
+
 /// Enters, waiting while the gate is closed. A thread that is inside already enters again at once.
 #[inline(always)]
 pub fn gate() -> Pass {
-    // SAFETY: only `register` sets the pointer, to a slot that is never freed.
-    let slot = match unsafe { thread_slot::get().cast::<Slot>().as_ref() } {
-        Some(slot) => slot,
-        None => register(),
-    };
+    let slot = own_slot();
+    enter(slot, 1);
+    Pass(slot)
+}
+
+#[inline(always)]
+fn enter(slot: &'static Slot, mark: u32) {
     let depth = slot.depth.load(Ordering::Relaxed);
-    slot.depth.store(depth + 1, Ordering::Relaxed);
+    slot.depth.store(depth + mark, Ordering::Relaxed);
     compiler_fence(Ordering::SeqCst);
     if STATE.load(Ordering::Acquire) != 0 {
-        look_again(slot, depth);
+        look_again(slot, depth, mark);
     }
-    Pass(slot)
+}
+
+/// A thread's leave to wait for the GPU inside the driver.
+pub struct Wait(&'static Slot);
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        self.0.depth.fetch_sub(WAITING, Ordering::Release);
+    }
+}
+
+/// Enters to wait for the GPU, waiting first while the gate is closed.
+pub fn waiting() -> Wait {
+    let slot = own_slot();
+    enter(slot, WAITING);
+    Wait(slot)
 }
 
 /// The mark is set and the state is not 0.
 #[cold]
-fn look_again(slot: &Slot, depth: u32) {
+fn look_again(slot: &Slot, depth: u32, mark: u32) {
     fence(Ordering::SeqCst);
     if depth == 0 && STATE.load(Ordering::Acquire) & CLOSED != 0 {
-        wait(slot);
+        wait(slot, mark);
     }
 }
 
@@ -119,7 +151,7 @@ pub fn launch() -> Pass {
 }
 
 #[cold]
-fn wait(slot: &Slot) {
+fn wait(slot: &Slot, mark: u32) {
     loop {
         slot.depth.store(0, Ordering::Release);
         let state = STATE.load(Ordering::Relaxed) | CLOSED;
@@ -133,7 +165,7 @@ fn wait(slot: &Slot) {
                 std::ptr::null::<libc::timespec>(),
             );
         }
-        slot.depth.store(1, Ordering::Relaxed);
+        slot.depth.store(mark, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         if STATE.load(Ordering::Acquire) & CLOSED == 0 {
             return;
@@ -160,17 +192,28 @@ fn barrier() {
     }
 }
 
-/// Closes the gate and waits until no thread is inside. If that takes longer than `patience` the gate is opened
-/// again and `false` returned.
+/// Closes the gate and waits until no thread is inside, but for those that wait for the GPU. If that takes longer than
+/// `patience` the gate is opened again and `false` returned.
 pub fn close(patience: Duration) -> bool {
-    let deadline = Instant::now() + patience;
     STATE.fetch_or(CLOSED, Ordering::SeqCst);
     barrier();
+    empty(patience, WAITING - 1)
+}
+
+/// Once the gate is closed and the GPU idle: waits until the threads that waited for the GPU are out of the driver too.
+/// If that takes longer than `patience` the gate is opened and `false` returned.
+pub fn settle(patience: Duration) -> bool {
+    empty(patience, u32::MAX)
+}
+
+/// Waits until no thread has a mark within `mask`, and opens the gate if that takes too long.
+fn empty(patience: Duration, mask: u32) -> bool {
+    let deadline = Instant::now() + patience;
     let mut rounds = 0u32;
     loop {
         let inside = {
             let slots = SLOTS.lock().unwrap_or_else(|e| e.into_inner());
-            slots.iter().any(|s| s.depth.load(Ordering::Acquire) != 0)
+            slots.iter().any(|s| s.depth.load(Ordering::Acquire) & mask != 0)
         };
         if !inside {
             return true;
@@ -273,5 +316,27 @@ mod tests {
         thread.join().unwrap();
         assert!(close(Duration::from_secs(20)));
         open();
+
+        // One that waits for the GPU lets the gate close, and is awaited before the driver's state is taken away.
+        let (enter, entered) = std::sync::mpsc::channel();
+        let (leave, left) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let wait = waiting();
+            enter.send(()).unwrap();
+            let _ = left.recv();
+            drop(wait);
+            // The gate is closed by now: the next wait begins when it opens.
+            drop(waiting());
+        });
+        entered.recv().unwrap();
+        assert!(close(Duration::from_secs(20)));
+        assert!(!settle(Duration::from_millis(20)), "a thread is still inside");
+        assert!(close(Duration::from_secs(20)));
+        leave.send(()).unwrap();
+        assert!(settle(Duration::from_secs(20)));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!thread.is_finished(), "the gate is closed to those that wait as well");
+        open();
+        thread.join().unwrap();
     }
 }

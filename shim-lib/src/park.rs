@@ -167,6 +167,10 @@ pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32)
         if !idle {
             return Err(Failure::Answer(failure::BUSY, "the GPU is still working".into()));
         }
+        // A thread that sleeps inside the driver would wake up to find the driver's memory gone.
+        if !gate::settle(patience.saturating_sub(begin.elapsed())) {
+            return Err(Failure::Answer(failure::BUSY, "a thread stayed in a driver call that waits".into()));
+        }
         if let Some(reason) = blockers(&table::lock()).into_iter().next() {
             return Err(Failure::Answer(failure::UNSUPPORTED, reason));
         }

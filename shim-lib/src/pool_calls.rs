@@ -227,15 +227,17 @@ pub unsafe extern "C" fn cuMemPoolSetAttribute(
     result
 }
 
-/// A call that waits for the GPU: the driver's, outside the gate; then pools give memory back, as the driver's do.
+/// A call that waits for the GPU: it does not keep the gate from closing; then pools give memory back, as the driver's do.
 macro_rules! waits {
     ($name:ident, $api:ident $(, $arg:ident: $type:ty)*) => {
         /// # Safety
         /// As the driver's function.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> Status {
+            let wait = gate::waiting();
             // SAFETY: the arguments are the caller's.
             let result = unsafe { (api().$api)($($arg),*) };
+            drop(wait);
             pools::after_wait();
             result
         }

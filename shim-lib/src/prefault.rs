@@ -107,7 +107,8 @@ fn headroom() -> usize {
 /// Makes the pool, unless there is one, or memory is short: the driver will take as much once more if the pool does not
 /// fit.
 pub fn prepare() {
-    if USELESS.load(Ordering::Relaxed) || pool().is_some() || !interpose() {
+    let off = std::env::var_os("PHOS_PREFAULT").is_some_and(|v| v == "0");
+    if off || USELESS.load(Ordering::Relaxed) || pool().is_some() || !interpose() {
         return;
     }
     let known = WANTED.load(Ordering::Relaxed);
