@@ -167,6 +167,11 @@ def models(args):
                 for old in images[:-1]:
                     shutil.rmtree(old, ignore_errors=True)
         figures(workload, pauses)
+        if args.pause_only:
+            box.stop()
+            if args.plain:
+                plain(workload, words, warm, True)
+            continue
         if incremental:
             # The next one builds on the last.
             last = os.path.basename(images[-1])
@@ -188,7 +193,7 @@ def models(args):
         identical(box, workload)
 
 
-def plain(workload, words, warm):
+def plain(workload, words, warm, pause_only=False):
     """The same container under runc, with the driver's own checkpoint of all GPU memory."""
     name = f"plain-{workload}"
     driver = Driver()
@@ -214,6 +219,10 @@ def plain(workload, words, warm):
     result("pause", workload, "plain", "driver_ms", (parts[0] + parts[2]) * 1e3)
     result("pause", workload, "plain", "criu_ms", parts[1] * 1e3)
     shutil.rmtree(image)
+    if pause_only:
+        box.stop()
+        driver.close()
+        return
     driver.call("Lock", pid)
     driver.call("Checkpoint", pid)
     box.checkpoint(image + "-stop", False)
@@ -312,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--pause-only", action="store_true", help="models: neither restore nor compare")
     args = parser.parse_args()
     if args.what == "driver":
         serve_driver()
