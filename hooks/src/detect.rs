@@ -67,8 +67,38 @@ pub(crate) fn is_libcuda(path: &str) -> bool {
     })
 }
 
+/// Paths of the hooks that run before a container's program, in their order.
+fn hooks(spec: &Value) -> impl Iterator<Item = &str> {
+    let kinds = ["prestart", "createRuntime", "createContainer"];
+    let lists = kinds.into_iter().filter_map(|k| spec["hooks"][k].as_array());
+    lists.flatten().filter_map(|h| h["path"].as_str())
+}
+
+/// Whether a hook is a GPU toolkit's: NVIDIA's programs all carry the name.
+pub(crate) fn is_toolkit_hook(path: &str) -> bool {
+    path.rsplit('/').next().is_some_and(|name| name.contains("nvidia"))
+}
+
+/// Whether a hook may mount what the configuration does not name.
+pub fn has_hooks(spec: &Value) -> bool {
+    hooks(spec).any(|p| !p.ends_with("/phos-hook"))
+}
+
+/// Whether a toolkit's hook will give the container GPUs: it goes by this variable.
+fn toolkit_gives_gpus(spec: &Value) -> bool {
+    let wanted = |e: &str| {
+        e.strip_prefix("NVIDIA_VISIBLE_DEVICES=").is_some_and(|v| !["", "void", "none"].contains(&v))
+    };
+    let asked =
+        spec["process"]["env"].as_array().into_iter().flatten().any(|e| e.as_str().is_some_and(wanted));
+    asked && hooks(spec).any(is_toolkit_hook)
+}
+
 /// Whether the container is given a GPU.
 pub fn uses_gpu(spec: &Value) -> bool {
+    if toolkit_gives_gpus(spec) {
+        return true;
+    }
     let texts = |list: &Value, key: &str| -> Vec<String> {
         let items = list.as_array().into_iter().flatten();
         items.filter_map(|i| Some(i[key].as_str()?.to_string())).collect()
@@ -99,6 +129,20 @@ mod tests {
             ),
         ] {
             assert_eq!(uses_gpu(&spec), expected, "{spec}");
+        }
+    }
+
+    #[test]
+    fn a_toolkits_hook_and_variable_together_mean_a_gpu() {
+        let spec = |hook: &str, value: &str| json!({"hooks": {"prestart": [{"path": hook}]}, "process": {"env": [format!("NVIDIA_VISIBLE_DEVICES={value}")]}});
+        let toolkit = "/usr/bin/nvidia-container-runtime-hook";
+        assert!(uses_gpu(&spec(toolkit, "all")));
+        for no in [
+            spec(toolkit, "void"),
+            spec("/usr/bin/other", "all"),
+            json!({"hooks": {"prestart": [{"path": toolkit}]}}),
+        ] {
+            assert!(!uses_gpu(&no), "{no}");
         }
     }
 

@@ -5,12 +5,14 @@
 //! locate   where will it find libcuda.so.1?                   (reads the file system)
 //! plan     which mounts and variables does that need?         (pure)
 //! apply    the configuration with them; done twice is done once (pure)
+//! late     mounts that only hooks make: declared to CRIU, remembered for restore (pure)
 //! merge    for restore: what the engine's new configuration lacks (pure)
 //! ```
 //!
 //! Configurations are edited as JSON values: fields this crate does not know stay as they are.
 
 pub mod detect;
+pub mod late;
 pub mod locate;
 pub mod merge;
 pub mod plan;
@@ -27,6 +29,8 @@ pub use plan::Edit;
 pub struct Host {
     /// `libphos.so`.
     pub library: PathBuf,
+    /// `phos-hook`, for drivers that only a hook mounts.
+    pub hook: PathBuf,
     /// The container's control folder.
     pub control_dir: PathBuf,
     /// What to do where no annotation says otherwise.
@@ -65,6 +69,19 @@ pub fn inject_as(mode: Mode, spec: &Value, bundle: &Path, host: &Host) -> Inject
     }
     let found = locate::libcuda(&clean, &root);
     let Some(first) = found.first() else {
+        let says = |text: &str, edits| Injection { edits, notes: vec![text.to_string()] };
+        if mode == Mode::Preload {
+            return says(
+                "libphos.so is preloaded; the driver is not visible yet",
+                plan::edits(mode, &[], host),
+            );
+        }
+        if detect::has_hooks(&clean) && host.hook.exists() {
+            return says(
+                "libphos.so will stand in front of the driver that a hook mounts",
+                plan::late_edits(host),
+            );
+        }
         return note(
             "this container has a GPU but no libcuda.so.1 that is visible now: libphos.so is not put into it"
                 .into(),

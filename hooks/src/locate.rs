@@ -36,7 +36,7 @@ pub fn root_path(spec: &Value, bundle: &Path) -> PathBuf {
 }
 
 /// Follows symbolic links of `path` inside `root`, never leaving it. `None` if it does not exist.
-fn resolve(root: &Path, path: &Path) -> Option<PathBuf> {
+pub fn resolve(root: &Path, path: &Path) -> Option<PathBuf> {
     let mut parts: Vec<PathBuf> = vec![path.to_path_buf()];
     let mut inside = PathBuf::new();
     let mut links = 0;
@@ -134,6 +134,25 @@ pub fn libcuda(spec: &Value, root: &Path) -> Vec<Found> {
             if let Some(name) = file.file_name() {
                 add(Path::new("/").join(&folder).join(name), file.clone());
             }
+        }
+    }
+    found
+}
+
+/// All driver libraries that can be seen below `root` where mounts have been made: those that are mounts themselves, then
+/// those in the loader's folders.
+pub fn mounted_libcuda(mountinfo: &str, root: &Path) -> Vec<Found> {
+    let mut found: Vec<Found> = Vec::new();
+    let mounts = crate::late::parse(mountinfo);
+    let files = mounts.iter().filter_map(|m| Some((m.at.strip_prefix(root).ok()?, &m.at)));
+    for (below, host) in files {
+        if is_libcuda(&below.to_string_lossy()) && is_x86_64_library(host) {
+            found.push(Found { inside: Path::new("/").join(below), host: host.clone() });
+        }
+    }
+    for more in libcuda(&Value::Null, root) {
+        if !found.iter().any(|f| f.inside == more.inside) {
+            found.push(more);
         }
     }
     found

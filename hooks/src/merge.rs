@@ -11,6 +11,14 @@ pub fn merge(spec: &mut Value, effective: &Value) {
     add(spec, "/mounts", effective, |m| (!is_ours(m)).then(|| m["destination"].clone()));
     add(spec, "/linux/devices", effective, |d| Some(d["path"].clone()));
     add(spec, "/linux/resources/devices", effective, |rule| Some(rule.clone()));
+    if effective["annotations"][crate::late::LATE].is_string() {
+        // What a toolkit's hook had mounted is in the list now; run again, the hook would fail or mount it twice.
+        for kind in ["prestart", "createRuntime"] {
+            if let Some(hooks) = spec.pointer_mut(&format!("/hooks/{kind}")).and_then(Value::as_array_mut) {
+                hooks.retain(|h| !h["path"].as_str().is_some_and(crate::detect::is_toolkit_hook));
+            }
+        }
+    }
     let inject = &effective["annotations"][crate::detect::ANNOTATION];
     if !inject.is_null() && spec["annotations"][crate::detect::ANNOTATION].is_null() {
         spec["annotations"][crate::detect::ANNOTATION] = inject.clone();
@@ -69,6 +77,15 @@ mod tests {
         let once = spec.clone();
         merge(&mut spec, &effective);
         assert_eq!(spec, once);
+    }
+
+    #[test]
+    fn a_toolkits_hook_does_not_run_again_where_its_mounts_are_known() {
+        let toolkit = json!({"path": "/usr/bin/nvidia-container-runtime-hook"});
+        let other = json!({"path": "/usr/bin/other"});
+        let mut spec = json!({"hooks": {"prestart": [toolkit, other]}});
+        merge(&mut spec, &json!({"annotations": {"phos.late": "true"}}));
+        assert_eq!(spec["hooks"]["prestart"], json!([other]));
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub enum Edit {
     },
     /// A library at the front of `LD_PRELOAD`.
     Preload(String),
+    /// A hook of the kind `createContainer`, behind those that are there: program and arguments.
+    Hook(String, Vec<String>),
     /// An annotation.
     Annotation(&'static str, String),
 }
@@ -57,6 +59,17 @@ pub fn edits(mode: Mode, found: &[Found], host: &Host) -> Vec<Edit> {
     edits
 }
 
+/// The edits for a container whose driver only a hook will mount: `phos-hook` then does the rest.
+pub fn late_edits(host: &Host) -> Vec<Edit> {
+    let mut edits = edits(Mode::Mount, &[], host);
+    let args = vec![HOOK.to_string(), "late".into(), host.library.display().to_string()];
+    edits.push(Edit::Hook(host.hook.display().to_string(), args));
+    edits
+}
+
+/// Name of the hook program.
+pub const HOOK: &str = "phos-hook";
+
 /// Whether a mount is one of those that [`edits`] makes.
 pub fn is_ours(mount: &Value) -> bool {
     let destination = mount["destination"].as_str().unwrap_or_default();
@@ -69,6 +82,10 @@ pub fn is_ours(mount: &Value) -> bool {
 pub fn remove(spec: &mut Value) {
     if let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) {
         mounts.retain(|m| !is_ours(m));
+    }
+    if let Some(hooks) = spec.pointer_mut("/hooks/createContainer").and_then(Value::as_array_mut) {
+        let ours = |h: &Value| h["path"].as_str().is_some_and(|p| p.ends_with("/phos-hook"));
+        hooks.retain(|h| !ours(h));
     }
 }
 
@@ -86,6 +103,13 @@ pub fn apply(spec: &mut Value, edits: &[Edit]) {
                 match spec["mounts"].as_array_mut() {
                     Some(mounts) => mounts.push(mount),
                     None => spec["mounts"] = json!([mount]),
+                }
+            }
+            Edit::Hook(path, args) => {
+                let hook = json!({"path": path, "args": args, "timeout": 10});
+                match spec["hooks"]["createContainer"].as_array_mut() {
+                    Some(hooks) => hooks.push(hook),
+                    None => spec["hooks"]["createContainer"] = json!([hook]),
                 }
             }
             Edit::Preload(library) => preload(&mut spec["process"]["env"], library),
@@ -118,6 +142,7 @@ mod tests {
     fn host() -> Host {
         Host {
             library: "/usr/lib/phos/libphos.so".into(),
+            hook: "/usr/lib/phos/phos-hook".into(),
             control_dir: "/run/phos-runc/c-1/ctl".into(),
             default_mode: Mode::Mount,
         }
@@ -164,6 +189,19 @@ mod tests {
             apply(&mut spec, &edits);
             assert_eq!(spec["process"]["env"], expected);
         }
+    }
+
+    #[test]
+    fn a_late_driver_gets_a_hook_behind_the_toolkits_once() {
+        let mut spec = json!({"hooks": {"createContainer": [{"path": "/usr/bin/nvidia-ctk"}]}});
+        for _ in 0..2 {
+            apply(&mut spec, &late_edits(&host()));
+        }
+        let hooks = spec["hooks"]["createContainer"].as_array().unwrap();
+        let paths: Vec<_> = hooks.iter().filter_map(|h| h["path"].as_str()).collect();
+        assert_eq!(paths, ["/usr/bin/nvidia-ctk", "/usr/lib/phos/phos-hook"]);
+        assert_eq!(destinations(&spec), ["/run/phos"]);
+        assert_eq!(hooks[1]["args"], json!(["phos-hook", "late", "/usr/lib/phos/libphos.so"]));
     }
 
     #[test]

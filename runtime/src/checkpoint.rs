@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
-use std::{env, io};
+use std::{env, fs, io};
 
 use anyhow::{Context as _, Result, anyhow};
 use phos_engine::image::Image;
@@ -13,6 +14,7 @@ use phos_engine::job::{CheckpointJob, CheckpointReport};
 use phos_engine::keeper::{self, WorkerRole};
 use phos_engine::processes;
 use phos_engine::service::{Client, ClientError, LowerOutput};
+use phos_hooks::{late, locate};
 
 use crate::args::{Args, TRACE};
 use crate::config::{Config, find_criu};
@@ -91,6 +93,26 @@ fn parent(args: &Args, image: &Path) -> Result<(Option<String>, Args)> {
     Ok((Some(named.to_string()), lower))
 }
 
+/// Finds the mounts that hooks have made, declares them to CRIU and adds them to what a restore will need.
+fn declare_late_mounts(
+    spec: &mut serde_json::Value,
+    bundle: &Path,
+    pid: i32,
+    state: &StateDir,
+) -> Result<()> {
+    let read = |path: String| fs::read_to_string(&path).with_context(|| path);
+    let inside = late::parse(&read(format!("/proc/{pid}/mountinfo"))?);
+    let host = late::parse(&read("/proc/self/mountinfo".into())?);
+    let root = locate::root_path(spec, bundle);
+    let mounts = late::mounts(&inside, &host, spec, &fs::canonicalize(&root).unwrap_or(root));
+    state.write_criu_options(&late::criu_options(&mounts))?;
+    late::remember(spec, &mounts, |path| {
+        let meta = fs::metadata(path).ok().filter(|m| m.file_type().is_char_device())?;
+        Some((nix::sys::stat::major(meta.rdev()), nix::sys::stat::minor(meta.rdev())))
+    });
+    Ok(())
+}
+
 /// An annotation of the container.
 fn annotation<'a>(spec: &'a serde_json::Value, name: &str) -> Option<&'a str> {
     spec.get("annotations")?.get(name)?.as_str()
@@ -119,10 +141,11 @@ pub fn run(run: &Context) -> Result<i32> {
     }
     let lock = state.lock()?;
     let criu_version = prepare_environment(run, &state)?;
-    let effective_spec = match state.spec() {
+    let mut effective_spec = match state.spec() {
         Some(spec) => spec,
         None => crate::state::read_spec(&container.bundle).unwrap_or_default(),
     };
+    declare_late_mounts(&mut effective_spec, &container.bundle, container.pid, &state)?;
     let library = run.config.library();
     let job = CheckpointJob {
         container: id.to_string(),

@@ -21,7 +21,7 @@ pub struct Config {
     pub lower_runtime: Option<PathBuf>,
     /// Path of the CRIU program (`PHOS_CRIU`).
     pub criu: Option<PathBuf>,
-    /// Folder of `libphos.so` (`PHOS_LIB_DIR`).
+    /// Folder of `libphos.so` and `phos-hook` (`PHOS_LIB_DIR`).
     pub lib_dir: Option<PathBuf>,
     /// Folder of the containers' state (`PHOS_STATE_DIR`), `/run/phos-runc` by default.
     pub state_dir: Option<PathBuf>,
@@ -76,14 +76,23 @@ impl Config {
         self.path("PHOS_STATE_DIR", self.state_dir.as_ref()).unwrap_or_else(|| "/run/phos-runc".into())
     }
 
-    /// `libphos.so`: where it is named, beside this program, or where packages install it.
+    /// `libphos.so`.
     pub fn library(&self) -> PathBuf {
-        const NAME: &str = "libphos.so";
+        self.installed("libphos.so")
+    }
+
+    /// `phos-hook`.
+    pub fn hook(&self) -> PathBuf {
+        self.installed("phos-hook")
+    }
+
+    /// A file of this product: where it is named, beside this program, or where packages install it.
+    fn installed(&self, name: &str) -> PathBuf {
         if let Some(dir) = self.path("PHOS_LIB_DIR", self.lib_dir.as_ref()) {
-            return dir.join(NAME);
+            return dir.join(name);
         }
-        let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(NAME)));
-        let installed = ["/usr/local/lib/phos", "/usr/lib/phos"].map(|d| Path::new(d).join(NAME));
+        let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
+        let installed = ["/usr/local/lib/phos", "/usr/lib/phos"].map(|d| Path::new(d).join(name));
         beside
             .into_iter()
             .chain(installed.clone())

@@ -27,6 +27,7 @@ fn prepare(run: &Run, id: &str) -> Result<Option<StateDir>> {
     }
     let host = Host {
         library: run.config.library(),
+        hook: run.config.hook(),
         control_dir: state.control_dir(),
         default_mode: run.config.inject()?,
     };

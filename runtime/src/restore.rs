@@ -59,6 +59,7 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
     let library = run.config.library();
     let host = Host {
         library: library.clone(),
+        hook: run.config.hook(),
         control_dir: state.control_dir(),
         default_mode: run.config.inject()?,
     };

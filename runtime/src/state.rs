@@ -86,10 +86,16 @@ impl StateDir {
             }
         }
         fs::create_dir(self.no_plugins()).with_context(context)?;
-        // CRIU gives up after 10 s by default, which a large process on a slow disk can take.
-        fs::write(self.criu_options(), "timeout 600\n").with_context(context)?;
+        self.write_criu_options("")?;
         // Processes of any user of the container listen here; none may remove another's socket.
         fs::set_permissions(&control, fs::Permissions::from_mode(0o1777)).with_context(context)
+    }
+
+    /// Writes the options for CRIU, `more` among them, one a line.
+    pub fn write_criu_options(&self, more: &str) -> Result<()> {
+        let path = self.criu_options();
+        // CRIU gives up after 10 s by default, which a large process on a slow disk can take.
+        fs::write(&path, format!("timeout 600\n{more}")).with_context(|| path.display().to_string())
     }
 
     /// Removes the folder, if it exists.
