@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use phos_integration::application::Application;
 
@@ -21,6 +23,8 @@ fn a_program_that_closes_everything_is_parked_all_the_same() {
     let held: Vec<_> = (1..=3u32).map(|n| (app.alloc(n as usize * MIB), n)).collect();
     held.iter().for_each(|(address, n)| app.fill(*address, *n, 1000));
     assert!(app.listens().unwrap());
+    // Its end of that conversation is closed by then.
+    thread::sleep(Duration::from_millis(50));
     // As a daemon does; the numbers are used again at once. The simulated driver holds its memory by low numbers.
     let limit = fs::read_dir("/proc/self/fd").unwrap().flatten();
     let ours: Vec<i32> =
