@@ -108,10 +108,10 @@ fn blockers(table: &Table) -> Vec<String> {
         blockers.push(format!("it has used {managed} bytes of managed memory (cuMemAllocManaged), which the driver cannot checkpoint"));
     }
     if table::FOREIGN.load(Ordering::Relaxed) > 0 {
-        blockers.push("it has used virtual-memory handles of a kind that cannot be parked (host memory, fabric or multicast)".into());
+        blockers.push("it has used virtual-memory handles of a kind that cannot be parked (host memory, fabric, multicast, or another interface's memory)".into());
     }
     if table::IPC.load(Ordering::Relaxed) > 0 {
-        blockers.push("it shares memory with other processes by CUDA IPC".into());
+        blockers.push("it shares memory or events with other processes by CUDA IPC".into());
     }
     if table.physical.values().any(|p| p.fd.is_none()) {
         blockers.push("the driver did not export one of its allocations".into());
