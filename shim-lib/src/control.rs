@@ -7,8 +7,7 @@ use std::ffi::CString;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Once;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, Once};
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use phos_protocol::message::{Message, failure};
 use phos_protocol::{Connection, TransportError, VERSION, paths};
 
 use crate::cuda::{SUCCESS, Status};
+use crate::fds::Kept;
 use crate::park::{Failure, attach, park, send_table, summary};
 use crate::real::api;
 use crate::{fds, gate, prefault, table};
@@ -25,8 +25,15 @@ const SILENCE: Duration = Duration::from_secs(60);
 /// How often a parked process looks for the host.
 const KNOCK: Duration = Duration::from_millis(1);
 
-/// The listening socket, for the child of a `fork` to close. -1 if there is none.
-static LISTENER: AtomicI32 = AtomicI32::new(-1);
+/// The listening socket, for the child of a `fork` to close.
+static LISTENER: Mutex<Kept> = Mutex::new(Kept::NONE);
+
+/// Closes the listening socket, unless the program has done so already.
+fn close_listener() {
+    if let Ok(mut listener) = LISTENER.try_lock() {
+        listener.close();
+    }
+}
 
 /// # Safety
 /// As the driver's function.
@@ -45,7 +52,7 @@ pub unsafe extern "C" fn cuInit(flags: u32) -> Status {
 }
 
 extern "C" fn in_child() {
-    fds::close(LISTENER.swap(-1, Ordering::Relaxed));
+    close_listener();
     table::close_after_fork();
     gate::reset_after_fork();
 }
@@ -216,17 +223,16 @@ fn run(folder: &Path) {
     let pid = unsafe { libc::getpid() };
     let path = folder.join(paths::library_socket(pid));
     loop {
-        let Some(listener) = listen(&path) else { return };
-        LISTENER.store(listener, Ordering::Relaxed);
+        let Some(listener) = listen(&path).map(Kept::new) else { return };
+        *LISTENER.lock().unwrap_or_else(|e| e.into_inner()) = listener;
         let parked = loop {
+            // A program may have closed it, and use its number for something else.
+            let Some(listener) = listener.get() else { break false };
             // SAFETY: a plain system call on a socket this thread owns.
             let fd = unsafe {
                 libc::accept4(listener, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
             };
             if fd < 0 {
-                if std::io::Error::last_os_error().raw_os_error() == Some(libc::EBADF) {
-                    break false;
-                }
                 thread::sleep(KNOCK);
                 continue;
             }
@@ -249,7 +255,7 @@ fn run(folder: &Path) {
             prefault::disarm();
         };
         // Nothing may be left open that the host's checkpoint of this process would stumble over.
-        fds::close(LISTENER.swap(-1, Ordering::Relaxed));
+        close_listener();
         let _ = std::fs::remove_file(&path);
         if parked {
             wait_for_host(folder);

@@ -28,6 +28,11 @@ pub type Stream = *mut c_void;
 /// `CUmemGenericAllocationHandle`.
 pub type Handle = u64;
 
+/// `CUipcMemHandle` and `CUipcEventHandle`, which are passed by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IpcHandle([u8; 64]);
+
 /// `CUmemLocation`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -230,4 +235,11 @@ api! {
     endpoint_bind = "cuLogicalEndpointBindMem"(u64, c_int, u64, Handle, u64, u64, u64);
     endpoint_bind_address = "cuLogicalEndpointBindAddr"(u64, c_int, u64, *mut c_void, u64, u64);
     ipc_get = "cuIpcGetMemHandle"(*mut c_void, DevicePtr);
+    ipc_open_1 = "cuIpcOpenMemHandle"(*mut DevicePtr, IpcHandle, u32);
+    ipc_open = "cuIpcOpenMemHandle_v2"(*mut DevicePtr, IpcHandle, u32);
+    ipc_get_event = "cuIpcGetEventHandle"(*mut c_void, *mut c_void);
+    ipc_open_event = "cuIpcOpenEventHandle"(*mut *mut c_void, IpcHandle);
+    pool_export = "cuMemPoolExportToShareableHandle"(*mut c_void, *mut c_void, u32, u64);
+    pool_import = "cuMemPoolImportFromShareableHandle"(*mut *mut c_void, *mut c_void, u32, u64);
+    import_external = "cuImportExternalMemory"(*mut *mut c_void, *const c_void);
 }

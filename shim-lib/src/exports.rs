@@ -6,8 +6,7 @@ pub use crate::contexts::{cuCtxCreate_v2, cuCtxCreate_v3, cuCtxCreate_v4, cuCtxD
 pub use crate::control::cuInit;
 use crate::entry::{Wrapper, gated, trampoline};
 pub use crate::memory::{
-    cuIpcGetMemHandle, cuMemAlloc_v2, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2,
-    cuMemHostAlloc,
+    cuMemAlloc_v2, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2, cuMemHostAlloc,
 };
 pub use crate::peers::{cuCtxDisablePeerAccess, cuCtxEnablePeerAccess};
 pub use crate::pointers::{cuMemGetAddressRange_v2, cuPointerGetAttribute, cuPointerGetAttributes};
@@ -18,11 +17,15 @@ pub use crate::pool_calls::{
     cuMemPoolTrimTo, cuStreamSynchronize, cuStreamSynchronize_ptsz,
 };
 pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_ptsz, cuGetProcAddress_v2};
+pub use crate::sharing::{
+    cuImportExternalMemory, cuIpcGetEventHandle, cuIpcGetMemHandle, cuIpcOpenEventHandle, cuIpcOpenMemHandle,
+    cuIpcOpenMemHandle_v2, cuMemPoolExportToShareableHandle, cuMemPoolImportFromShareableHandle,
+    cuMulticastCreate,
+};
 pub use crate::vmm::{
     cuLogicalEndpointBindAddr, cuLogicalEndpointBindMem, cuMemCreate, cuMemExportToShareableHandle,
     cuMemGetAllocationPropertiesFromHandle, cuMemImportFromShareableHandle, cuMemMap, cuMemRelease,
     cuMemRetainAllocationHandle, cuMemSetAccess, cuMemUnmap, cuMulticastBindMem, cuMulticastBindMem_v2,
-    cuMulticastCreate,
 };
 
 include!(concat!(env!("OUT_DIR"), "/entry_points.rs"));

@@ -30,6 +30,7 @@ mod pools;
 mod prefault;
 mod proc_address;
 mod real;
+mod sharing;
 mod small;
 mod streams;
 mod table;

@@ -342,16 +342,3 @@ macro_rules! counted {
 counted!(cuMemAllocManaged, alloc_managed, MANAGED, size, pointer: *mut DevicePtr, size: usize, flags: u32);
 counted!(cuMemAllocHost_v2, alloc_host, PINNED, size, pointer: *mut *mut c_void, size: usize);
 counted!(cuMemHostAlloc, host_alloc, PINNED, size, pointer: *mut *mut c_void, size: usize, flags: u32);
-
-/// # Safety
-/// As the driver's function. (It fails on memory this library made; a program then takes another way.)
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuIpcGetMemHandle(handle: *mut c_void, pointer: DevicePtr) -> Status {
-    let _pass = gate::gate();
-    // SAFETY: the arguments are the caller's.
-    let result = unsafe { (api().ipc_get)(handle, pointer) };
-    if result == SUCCESS {
-        table::IPC.fetch_add(1, Ordering::Relaxed);
-    }
-    result
-}

@@ -80,7 +80,8 @@ fn drain(patience: Duration) -> Result<bool, Failure> {
 /// What the process holds, and what prevents its checkpoint.
 pub fn summary() -> Summary {
     let pooled = crate::pools::count();
-    let table = table::lock();
+    let mut table = table::lock();
+    renew_fds(&mut table);
     let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     let mut summary = Summary {
         entries: table.physical.len() as u64,
@@ -107,10 +108,10 @@ fn blockers(table: &Table) -> Vec<String> {
         blockers.push(format!("it has used {managed} bytes of managed memory (cuMemAllocManaged), which the driver cannot checkpoint"));
     }
     if table::FOREIGN.load(Ordering::Relaxed) > 0 {
-        blockers.push("it has used virtual-memory handles of a kind that cannot be parked (host memory, fabric or multicast)".into());
+        blockers.push("it has used virtual-memory handles of a kind that cannot be parked (host memory, fabric, multicast, or another interface's memory)".into());
     }
     if table::IPC.load(Ordering::Relaxed) > 0 {
-        blockers.push("it shares memory with other processes by CUDA IPC".into());
+        blockers.push("it shares memory or events with other processes by CUDA IPC".into());
     }
     if table.physical.values().any(|p| p.fd.is_none()) {
         blockers.push("the driver did not export one of its allocations".into());
@@ -125,11 +126,39 @@ fn blockers(table: &Table) -> Vec<String> {
     blockers
 }
 
+/// Gets back fds that the program has closed, which are not its own, as far as the driver exports them again (it does not
+/// for memory that was attached).
+fn renew_fds(table: &mut Table) {
+    let lost = table.physical.iter().filter(|(_, p)| !p.fd.is_none() && p.fd.get().is_none());
+    let lost: Vec<u64> = lost.map(|(id, _)| *id).collect();
+    for id in lost {
+        let address = table.mappings.iter().find(|(_, m)| m.physical == id).map(|(address, _)| *address);
+        let Some(physical) = table.physical.get_mut(&id) else { continue };
+        let (mut handle, mut fd) = (physical.handle, -1);
+        // SAFETY: the memory is mapped there or the handle is the driver's; both pointers are valid for writing, and a
+        // handle that was made here is released.
+        unsafe {
+            if handle == 0
+                && let Some(address) = address
+            {
+                (api().retain)(&mut handle, address as *mut std::ffi::c_void);
+            }
+            if handle != 0 && (api().export)((&raw mut fd).cast(), handle, HANDLE_FD, 0) == SUCCESS {
+                physical.fd = Kept::new(fd);
+            }
+            if handle != 0 && physical.handle == 0 {
+                (api().release)(handle);
+            }
+        }
+    }
+}
+
 /// Sends what changed after `since`.
 pub fn send_table(connection: &Connection, since: u64) -> Result<(), Failure> {
     // The fds are copied under the lock: the application may free the memory, and reuse the number, meanwhile.
     let (entries, removed, generation, live) = {
         let mut table = table::lock();
+        renew_fds(&mut table);
         table.trim_removed();
         let entries: Vec<(Entry, OwnedFd)> = table
             .entries_since(since)
@@ -171,7 +200,12 @@ pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32)
         if !gate::settle(patience.saturating_sub(begin.elapsed())) {
             return Err(Failure::Answer(failure::BUSY, "a thread stayed in a driver call that waits".into()));
         }
-        if let Some(reason) = blockers(&table::lock()).into_iter().next() {
+        let reason = {
+            let mut table = table::lock();
+            renew_fds(&mut table);
+            blockers(&table).into_iter().next()
+        };
+        if let Some(reason) = reason {
             return Err(Failure::Answer(failure::UNSUPPORTED, reason));
         }
         let drained = Instant::now();

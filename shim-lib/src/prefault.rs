@@ -165,7 +165,7 @@ fn interpose() -> bool {
     let mut done = DONE.lock().unwrap_or_else(|e| e.into_inner());
     *done.get_or_insert_with(|| {
         let slots = crate::real::map().map(|map| imports(map, &[c"mmap", c"mmap64"])).unwrap_or_default();
-        slots.iter().fold(false, |any, slot| replace(*slot, answer as *const () as usize) || any)
+        slots.iter().filter(|slot| replace(**slot, answer as *const () as usize)).count() > 0
     })
 }
 

@@ -325,16 +325,3 @@ bound!(cuMulticastBindMem, multicast_bind, object: Handle, offset: usize, memory
 bound!(cuMulticastBindMem_v2, multicast_bind_2, object: Handle, device: c_int, offset: usize, memory: Handle, at: usize, size: usize, flags: u64);
 bound!(cuLogicalEndpointBindMem, endpoint_bind, object: u64, device: c_int, offset: u64, memory: Handle, at: u64, size: u64, flags: u64);
 bound!(cuLogicalEndpointBindAddr, endpoint_bind_address, object: u64, device: c_int, offset: u64, address: *mut c_void, size: u64, flags: u64);
-
-/// # Safety
-/// As the driver's function.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMulticastCreate(handle: *mut Handle, prop: *const c_void) -> Status {
-    let _pass = gate::gate();
-    // SAFETY: the arguments are the caller's.
-    let result = unsafe { (api().multicast_create)(handle, prop) };
-    if result == SUCCESS {
-        table::FOREIGN.fetch_add(1, Ordering::Relaxed);
-    }
-    result
-}
