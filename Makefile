@@ -24,11 +24,14 @@ test: build
 	$(CARGO) test --workspace
 
 release:
-	$(CARGO) build --release -p phos-runc -p phos-shim
+	$(CARGO) build --release -p phos-runc -p phos-shim -p phos-hooks
 
 install: release
 	install -D -m 755 target/release/phos-runc $(DESTDIR)$(PREFIX)/bin/phos-runc
 	install -D -m 755 target/release/libphos.so $(DESTDIR)$(PREFIX)/lib/phos/libphos.so
+	install -D -m 755 target/release/phos-hook $(DESTDIR)$(PREFIX)/lib/phos/phos-hook
+	install -D -m 644 contrib/man/phos-runc.8 $(DESTDIR)$(PREFIX)/share/man/man8/phos-runc.8
+	install -D -m 644 contrib/completions/phos-runc.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/phos-runc
 
 # Recompiles the GPU kernels; the results are committed, so this is needed only after changing them.
 kernels:

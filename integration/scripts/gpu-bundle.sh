@@ -6,12 +6,12 @@ top=$(cd "$(dirname "$0")/../.." && pwd)
 cd "$top"
 integration/scripts/setup.sh
 [ -d .tools/trixie ] || { echo "gpu-bundle: needs the CRIU that setup.sh fetches; this machine has its own" >&2; exit 1; }
-cargo build --release --quiet -p phos-runc -p phos-shim -p phos-sample
+cargo build --release --quiet -p phos-runc -p phos-shim -p phos-hooks -p phos-sample
 cargo build --release --quiet -p phos-integration --bin copy-bench
 bundle=.bundle
 rm -rf "$bundle"
 mkdir -p "$bundle"/{bin,lib,criu,workloads}
-install -m 755 target/release/phos-runc target/release/libphos.so "$bundle/bin/"
+install -m 755 target/release/phos-runc target/release/libphos.so target/release/phos-hook "$bundle/bin/"
 install -m 755 target/release/phos-sample target/release/copy-bench "$bundle/bin/"
 install -m 755 .tools/trixie/usr/sbin/runc "$bundle/bin/"
 lib=.tools/trixie/usr/lib/x86_64-linux-gnu

@@ -33,20 +33,22 @@ new_enough() {
     [ -n "$version" ] && [ "$(printf '%s\n4.1\n' "$version" | sort -V | head -n 1)" = 4.1 ]
 }
 
-# Fetches packages of Debian 13 with everything they need from the machine's own mirror, without touching its apt.
+# Fetches packages of Debian 13 (on Ubuntu: of Ubuntu 26.04) with everything they need from the machine's own mirror,
+# without touching its apt.
 fetch() {
-    local state="$tools/apt" mirror
+    local state="$tools/apt" mirror sources suite="trixie main" signed=/usr/share/keyrings/debian-archive-keyring.gpg
     rm -rf "$state"
     mkdir -p "$state"/{lists/partial,cache/archives/partial,etc}
     : >"$state/status"
-    mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null |
-        grep -oE 'https?://[^ ]+/debian/?( |$)' | head -n 1 | tr -d ' ' || true)
-    # A machine that is not Debian names no Debian mirror: PHOS_DEBIAN_MIRROR does.
-    mirror=${PHOS_DEBIAN_MIRROR:-$mirror}
-    [ -n "$mirror" ] || { say "no Debian mirror in apt's sources; set PHOS_DEBIAN_MIRROR or install criu 4.1 or newer"; exit 1; }
-    local signed=/usr/share/keyrings/debian-archive-keyring.gpg
-    [ -e "$signed" ] || apt-get install -y -qq --no-install-recommends debian-archive-keyring >/dev/null
-    echo "deb [signed-by=$signed] $mirror trixie main" >"$state/etc/sources.list"
+    sources=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null || true)
+    mirror=${PHOS_DEBIAN_MIRROR:-$(grep -oE 'https?://[^ ]+/debian/?( |$)' <<<"$sources" | head -n 1 | tr -d ' ' || true)}
+    if [ -z "$mirror" ] && grep -q '^ID=ubuntu' /etc/os-release; then
+        mirror=$(grep -oE 'https?://[^ ]+/ubuntu/?( |$)' <<<"$sources" | head -n 1 | tr -d ' ' || true)
+        suite="resolute main universe" signed=/usr/share/keyrings/ubuntu-archive-keyring.gpg
+    fi
+    [ -n "$mirror" ] || { say "no Debian or Ubuntu mirror in apt's sources; set PHOS_DEBIAN_MIRROR or install criu 4.1 or newer"; exit 1; }
+    [ -e "$signed" ] || apt-get install -y -qq --no-install-recommends "$(basename "$signed" .gpg)" >/dev/null
+    echo "deb [signed-by=$signed] $mirror $suite" >"$state/etc/sources.list"
     local options=(-qq -o Dir::State="$state" -o Dir::State::status="$state/status" -o Dir::State::Lists="$state/lists"
         -o Dir::Cache="$state/cache" -o Dir::Etc::sourcelist="$state/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o Dir::Etc::preferencesparts=/dev/null -o APT::Architecture=amd64 -o APT::Install-Recommends=false)
