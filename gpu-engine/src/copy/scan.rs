@@ -52,9 +52,12 @@ pub struct Scanner {
     lists: BTreeMap<GpuId, List>,
 }
 
-/// Addresses of all chunks by GPU, and the runs of chunks of one GPU in the order of [`Ledger::all`].
-fn by_gpu(ledger: &Ledger) -> (BTreeMap<GpuId, Vec<u64>>, Vec<(GpuId, usize)>) {
-    let (mut lists, mut runs) = (BTreeMap::<GpuId, Vec<u64>>::new(), Vec::new());
+/// Addresses of chunks on each GPU.
+pub type Addresses = BTreeMap<GpuId, Vec<u64>>;
+
+/// Addresses of all chunks, and the runs of chunks of one GPU in the order of [`Ledger::all`].
+fn by_gpu(ledger: &Ledger) -> (Addresses, Vec<(GpuId, usize)>) {
+    let (mut lists, mut runs) = (Addresses::new(), Vec::new());
     for block in ledger.blocks().values() {
         let count = block.chunks.len();
         lists.entry(block.gpu).or_default().extend((0..count as u32).map(|n| block.chunk_address(n)));
@@ -109,7 +112,7 @@ impl Scanner {
     pub fn digests_at(
         &mut self,
         device: &dyn Device,
-        lists: &BTreeMap<GpuId, Vec<u64>>,
+        lists: &Addresses,
     ) -> Result<BTreeMap<GpuId, Vec<Digest>>, DeviceError> {
         for (gpu, addresses) in lists {
             let list = self.list(device, *gpu, addresses.len(), addresses.len())?;
