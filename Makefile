@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO ?= cargo
 
-.PHONY: all demo test setup build release install kernels gpu-bundle
+.PHONY: all demo test setup build release install kernels plot gpu-bundle
 
 all: release
 
@@ -36,6 +36,11 @@ install: release
 # Recompiles the GPU kernels; the results are committed, so this is needed only after changing them.
 kernels:
 	gpu-engine/kernels/build.py gpu-engine/kernels/chunks.cu integration/sample/kernels/sample.cu
+
+# The picture of the measured pauses: later files count more.
+plot:
+	cd integration/results && ../gpu/plot.py matrix-6290026.jsonl matrix-89eda2b.jsonl matrix-dc7d3c2.jsonl models-c00d8f9.jsonl \
+	  models-89eda2b.jsonl torch-62a21cd.jsonl models-dc7d3c2.jsonl torch-dc7d3c2.jsonl >../../contrib/docs/pause.svg
 
 # A folder that runs the GPU tests and benchmarks on a machine without packages.
 gpu-bundle:

@@ -31,7 +31,7 @@ _phos_runc() {
             mapfile -t COMPREPLY < <(compgen -d -- "$cur")
             return
             ;;
-        --log | --pid-file | --console-socket | --process | -p)
+        --log | --trace | --pid-file | --console-socket | --process | -p)
             mapfile -t COMPREPLY < <(compgen -f -- "$cur")
             return
             ;;
@@ -50,8 +50,8 @@ _phos_runc() {
                 return
             fi
             ;;
-        checkpoint) words="--image-path --work-path --leave-running --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode" ;;
-        restore) words="--image-path --work-path --bundle --detach --pid-file --console-socket --no-subreaper --no-pivot --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode" ;;
+        checkpoint) words="--image-path --work-path --leave-running --pre-dump --parent-path --trace --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode" ;;
+        restore) words="--image-path --work-path --trace --bundle --detach --pid-file --console-socket --no-subreaper --no-pivot --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode" ;;
         create | run) words="--bundle --console-socket --pid-file --no-pivot --no-new-keyring --preserve-fds" ;;
         delete) words="--force" ;;
         gpu) words="--json" ;;
