@@ -6,6 +6,7 @@ Python, but no packages. Results are JSON lines in the form that integration/res
   runner.py models [--model M]... [--plain]      models in the shapes people run: the same, and incremental images
   runner.py matrix [--mode M]...                 frameworks and modes: bytes parked, bit-identical or not
   runner.py overhead                             steps per second with and without libphos.so
+  runner.py sample                               the project's own CUDA program: demo, then a soak of --cycles cycles
   runner.py copy                                 the copy pipeline by itself: digests, snapshot, rates to tmpfs and disk
 
 Standard library only. Everything it makes lies below /run/phos-bench and is removed at the end.
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 
-from harness import BIN, COMMIT, HERE, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown
+from harness import BIN, COMMIT, ENV, GPU, HERE, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown
 
 
 def compare(steps, reference):
@@ -280,6 +281,17 @@ def matrix(args):
             subprocess.run([f"{BIN}/runc", "--root", f"{WORK}/runc", "delete", "--force", workload], stderr=subprocess.DEVNULL)
 
 
+def sample(args):
+    """The demo (every state compared with an uninterrupted run's), then many checkpoints and restores."""
+    env = dict(ENV, PHOS_COMMIT=COMMIT, PHOS_DEVICE=GPU["name"])
+    sandbox = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child", "--", f"{BIN}/sandbox-init"]
+    shown = run(*sandbox, f"{BIN}/demo", env=env, timeout=120).stdout
+    print(shown, flush=True)
+    result("pause", "sample", "phos-runc", "bit_identical", "bit-identical to an uninterrupted run" in shown, note="demo")
+    done = run(*sandbox, f"{BIN}/soak", str(args.cycles), env=env, timeout=280)
+    rows.extend(dict(json.loads(line), driver=GPU["driver"]) for line in done.stdout.splitlines())
+
+
 def copy(args):
     """The copy pipeline by itself."""
     for gb, folder in ((args.gb or [16.0])[0], f"{WORK}/copy"), (4.0, os.path.join(args.disk, "phos-copy")):
@@ -312,12 +324,13 @@ def overhead(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["torch", "models", "matrix", "copy", "overhead", "driver"])
+    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "copy", "overhead", "driver"])
     parser.add_argument("--gb", type=float, action="append")
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--mode", action="append", choices=list(MATRIX))
     parser.add_argument("--disk", default="/var/tmp", help="a folder on a disk")
     parser.add_argument("--strategy", default="auto")
+    parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--plain", action="store_true")

@@ -41,7 +41,7 @@ impl Tools {
     pub fn find() -> Result<Self> {
         let tools = Tools {
             built: built("")?,
-            criu: workspace().join(".tools/bin/criu"),
+            criu: env::var_os("PHOS_CRIU").map_or_else(|| workspace().join(".tools/bin/criu"), PathBuf::from),
             runc: on_path("runc").context("runc is missing: run integration/scripts/setup.sh")?,
             busybox: on_path("busybox").context("busybox is missing: run integration/scripts/setup.sh")?,
         };

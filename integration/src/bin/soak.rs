@@ -22,7 +22,8 @@ fn main() -> Result<()> {
     let cycles: u32 = std::env::args().nth(1).unwrap_or_else(|| "50".into()).parse()?;
     let tools = Tools::find()?;
     let gpu = Gpu::of_this_machine();
-    let device = if gpu == Gpu::Simulated { "simcuda" } else { "GPU" };
+    let named = std::env::var("PHOS_DEVICE").unwrap_or_else(|_| "GPU".into());
+    let device = if gpu == Gpu::Simulated { "simcuda".to_string() } else { named };
     let place = Place::with_gpu(&tools, gpu)?;
     let container = place.sample(&["--mib", "16", "--step-ms", "1"])?;
     container.start()?;
@@ -53,7 +54,11 @@ fn main() -> Result<()> {
             .trim()
             .to_string())
     };
-    let (commit, date) = (word("git", &["rev-parse", "--short", "HEAD"])?, word("date", &["+%F"])?);
+    let commit = match std::env::var("PHOS_COMMIT") {
+        Ok(commit) => commit,
+        Err(_) => word("git", &["rev-parse", "--short", "HEAD"])?,
+    };
+    let date = word("date", &["+%F"])?;
     for (metric, value) in [("cycles", i64::from(cycles)), ("failures", 0), ("rss_growth_bytes", growth)] {
         let line = json!({
             "bench": "soak", "workload": "sample", "system": "phos-runc", "metric": metric, "value": value,
