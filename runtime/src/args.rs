@@ -99,15 +99,17 @@ impl Args {
         let end = self.all.len() - self.rest.len();
         let mut i = words.len();
         while i < end {
-            let named = flag(&self.all[i]).filter(|(name, _)| name == flag_name);
-            match named {
-                Some((_, None)) if verb_values(&self.verb).contains(&flag_name) => i += 2,
-                Some(_) => i += 1,
-                None => {
-                    words.push(self.all[i].clone());
-                    i += 1;
-                }
+            // A flag's value may look like a flag.
+            let (name, length) = match flag(&self.all[i]) {
+                Some((name, None)) if verb_values(&self.verb).contains(&name.as_str()) => (name, 2),
+                Some((name, _)) => (name, 1),
+                None => (String::new(), 1),
+            };
+            let next = (i + length).min(end);
+            if name != flag_name {
+                words.extend_from_slice(&self.all[i..next]);
             }
+            i = next;
         }
         words.extend_from_slice(&self.rest);
         Args::parse(words)
