@@ -64,7 +64,7 @@ pub fn spare_wanted(
     reserve: u64,
 ) -> BTreeMap<GpuId, u64> {
     let wanted = |(id, all): (&GpuId, &u64)| {
-        let room = gpus.iter().find(|g| g.id == *id)?.free.saturating_sub(reserve);
+        let room = gpus.iter().find(|g| g.id == *id)?.free?.saturating_sub(reserve);
         let dirty = dirty.get(id).copied().unwrap_or(0);
         Some((*id, (dirty + dirty / 2 + SMALL).min(*all).min(room)))
     };
@@ -84,7 +84,7 @@ pub fn demand_by_gpu<'a>(held: impl Iterator<Item = &'a Held>) -> BTreeMap<GpuId
 pub fn snapshot_fits(demand: &BTreeMap<GpuId, u64>, gpus: &[GpuInfo], reserve: u64) -> bool {
     demand
         .iter()
-        .all(|(id, bytes)| gpus.iter().any(|g| g.id == *id && g.free >= bytes.saturating_add(reserve)))
+        .all(|(id, bytes)| gpus.iter().any(|g| g.id == *id && g.free >= Some(bytes.saturating_add(reserve))))
 }
 
 /// A GPU of the image's machine, as much as matters for finding a replacement.
@@ -103,7 +103,7 @@ pub struct WantedGpu {
 /// Returns the first one that is missing or has too little free memory.
 pub fn place(wanted: &[WantedGpu], gpus: &[GpuInfo]) -> Result<(), WantedGpu> {
     for w in wanted {
-        if !gpus.iter().any(|g| g.id == w.id && g.free >= w.bytes) {
+        if !gpus.iter().any(|g| g.id == w.id && g.free >= Some(w.bytes)) {
             return Err(w.clone());
         }
     }
@@ -115,7 +115,7 @@ mod tests {
     use super::*;
 
     fn gpu(n: u8, free: u64) -> GpuInfo {
-        GpuInfo { id: GpuId([n; 16]), name: "test".into(), total: 100, free }
+        GpuInfo { id: GpuId([n; 16]), name: "test".into(), total: 100, free: Some(free) }
     }
 
     fn held(n: u8, size: u64) -> Held {

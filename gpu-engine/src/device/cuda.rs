@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString, c_int, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use std::{fs, ptr, slice};
 
@@ -40,13 +40,19 @@ pub(super) fn check(call: &'static str, result: sys::CUresult) -> Result<()> {
     Err(DeviceError::Driver { call, name, code: result as u32 })
 }
 
+/// A primary context and the granularity of memory on its GPU, bytes.
+struct Context {
+    handle: sys::CUcontext,
+    granularity: u64,
+}
+
 struct Gpu {
     id: GpuId,
     ordinal: sys::CUdevice,
-    context: sys::CUcontext,
+    /// Made when the GPU is first used.
+    context: OnceLock<Context>,
     name: String,
     total: u64,
-    granularity: u64,
     kernels: Mutex<Option<Kernels>>,
 }
 
@@ -105,7 +111,7 @@ fn kernel_release(proc: &Path) -> String {
 }
 
 impl CudaDevice {
-    /// Loads the driver and makes a context on every GPU. Takes 100 to 250 ms for each GPU on real hardware.
+    /// Loads the driver. A context on a GPU takes 100 to 250 ms more, when it is first used.
     pub fn open() -> Result<Self> {
         load_library()?;
         check!(cuInit(0))?;
@@ -134,26 +140,34 @@ impl Gpu {
         check!(cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as c_int, ordinal))?;
         let mut total = 0;
         check!(cuDeviceTotalMem_v2(&mut total, ordinal))?;
-        let mut context = ptr::null_mut();
-        check!(cuDevicePrimaryCtxRetain(&mut context, ordinal))?;
-        check!(cuCtxSetCurrent(context))?;
-        let mut granularity = 0;
-        let option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
-        check!(cuMemGetAllocationGranularity(&mut granularity, &properties(ordinal), option))?;
         let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
         Ok(Gpu {
             id: GpuId(uuid.bytes.map(|b| b as u8)),
             ordinal,
-            context,
+            context: OnceLock::new(),
             name: String::from_utf8_lossy(&name[..end]).into_owned(),
             total: total as u64,
-            granularity: granularity as u64,
             kernels: Mutex::new(None),
         })
     }
 
+    /// The context, made now if there is none.
+    fn context(&self) -> Result<&Context> {
+        if let Some(context) = self.context.get() {
+            return Ok(context);
+        }
+        let mut handle = ptr::null_mut();
+        check!(cuDevicePrimaryCtxRetain(&mut handle, self.ordinal))?;
+        check!(cuCtxSetCurrent(handle))?;
+        let mut granularity = 0;
+        let option = sys::CUmemAllocationGranularity_flags::CU_MEM_ALLOC_GRANULARITY_MINIMUM;
+        check!(cuMemGetAllocationGranularity(&mut granularity, &properties(self.ordinal), option))?;
+        // Another thread may have been quicker: the primary context is the same one.
+        Ok(self.context.get_or_init(|| Context { handle, granularity: granularity as u64 }))
+    }
+
     fn enter(&self) -> Result<()> {
-        check!(cuCtxSetCurrent(self.context))
+        check!(cuCtxSetCurrent(self.context()?.handle))
     }
 
     /// The engine's kernels on this GPU, loaded when first asked for.
@@ -319,12 +333,20 @@ impl Device for CudaDevice {
 
     fn gpus(&self) -> Result<Vec<GpuInfo>> {
         let info = |gpu: &Arc<Gpu>| {
-            gpu.enter()?;
-            let (mut free, mut total) = (0, 0);
-            check!(cuMemGetInfo_v2(&mut free, &mut total))?;
-            Ok(GpuInfo { id: gpu.id, name: gpu.name.clone(), total: gpu.total, free: free as u64 })
+            let mut free = None;
+            if gpu.context.get().is_some() {
+                gpu.enter()?;
+                let (mut now, mut total) = (0, 0);
+                check!(cuMemGetInfo_v2(&mut now, &mut total))?;
+                free = Some(now as u64);
+            }
+            Ok(GpuInfo { id: gpu.id, name: gpu.name.clone(), total: gpu.total, free })
         };
         self.gpus.iter().map(info).collect()
+    }
+
+    fn open(&self, gpu: GpuId) -> Result<()> {
+        self.gpu(gpu)?.enter()
     }
 
     fn process_state(&self, pid: i32) -> Result<Option<ProcessState>> {
@@ -347,7 +369,7 @@ impl Device for CudaDevice {
     fn allocate(&self, gpu: GpuId, size: u64) -> Result<Region> {
         let gpu = self.gpu(gpu)?;
         gpu.enter()?;
-        let size = size.next_multiple_of(gpu.granularity);
+        let size = size.next_multiple_of(gpu.context()?.granularity);
         let mut handle = 0;
         check!(cuMemCreate(&mut handle, size as usize, &properties(gpu.ordinal), 0))?;
         let owner = Handle(handle);
@@ -368,8 +390,9 @@ impl Device for CudaDevice {
     }
 
     fn pinned(&self, size: usize) -> Result<Box<dyn Pinned>> {
-        let gpu = self.gpus.first().ok_or_else(|| DeviceError::Unavailable("no GPU".into()))?;
-        gpu.enter()?;
+        // Any context will do; one that is there, if there is one.
+        let used = self.gpus.iter().find(|g| g.context.get().is_some()).or(self.gpus.first());
+        used.ok_or_else(|| DeviceError::Unavailable("no GPU".into()))?.enter()?;
         let mut at = ptr::null_mut();
         check!(cuMemHostAlloc(&mut at, size, sys::CU_MEMHOSTALLOC_PORTABLE))?;
         // SAFETY: the driver just gave us `size` bytes at `at`; zeroing makes them initialised for `bytes`.

@@ -43,8 +43,8 @@ pub struct GpuInfo {
     pub name: String,
     /// All memory, bytes.
     pub total: u64,
-    /// Memory that can be allocated now, bytes.
-    pub free: u64,
+    /// Memory that can be allocated now, bytes; `None` for a GPU that this process has not used yet, see [`Device::open`].
+    pub free: Option<u64>,
 }
 
 /// The driver of this machine.
@@ -162,6 +162,9 @@ pub trait Device: Send + Sync {
     fn driver(&self) -> DriverInfo;
     /// The GPUs, with present figures.
     fn gpus(&self) -> Result<Vec<GpuInfo>>;
+    /// Makes a context on a GPU. Every use of a GPU does that by itself; it takes time and some of the GPU's memory, so GPUs
+    /// that a job does not touch get none.
+    fn open(&self, gpu: GpuId) -> Result<()>;
 
     /// The driver's state of a process; `None` if the process does not use a GPU.
     fn process_state(&self, pid: i32) -> Result<Option<ProcessState>>;

@@ -11,7 +11,7 @@ use phos_protocol::message::Entry;
 use super::load::load;
 use super::save::library_entry;
 use super::wake::{Sleeper, wake};
-use crate::device::{self, Device, Region};
+use crate::device::{self, Device, DeviceError, Region};
 use crate::error::EngineError;
 use crate::image::Image;
 use crate::job::{RestoreJob, RestoreReport};
@@ -53,6 +53,13 @@ fn check(image: &Image, job: &RestoreJob, device: &dyn Device) -> Result<(), Eng
             return Err(EngineError::OtherLibrary { path: path.clone() });
         }
     }
+    for gpu in &manifest.gpus {
+        // A GPU that is not here is named below, with what is.
+        match device.open(gpu.uuid) {
+            Ok(()) | Err(DeviceError::NoSuchGpu(_)) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
     let gpus = device.gpus()?;
     let bytes_on = |gpu: usize| {
         manifest.allocations.iter().filter(|a| a.gpu as usize == gpu).map(|a| a.size).sum::<u64>()
@@ -70,7 +77,10 @@ fn check(image: &Image, job: &RestoreJob, device: &dyn Device) -> Result<(), Eng
             [] => "no GPU".into(),
             some => some
                 .iter()
-                .map(|g| format!("{} ({}) with {} bytes free", g.name, g.id, g.free))
+                .map(|g| match g.free {
+                    Some(free) => format!("{} ({}) with {free} bytes free", g.name, g.id),
+                    None => format!("{} ({})", g.name, g.id),
+                })
                 .collect::<Vec<_>>()
                 .join(", "),
         },
