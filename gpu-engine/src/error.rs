@@ -14,6 +14,11 @@ use crate::processes::ProcessError;
 /// The error of a whole job.
 #[derive(Debug, Error)]
 pub enum EngineError {
+    /// A pre-dump needs room on the GPU beside the program.
+    #[error(
+        "the GPU has no room for a second process, which a pre-dump needs: make a checkpoint without --pre-dump"
+    )]
+    NoRoom,
     /// A device call failed.
     #[error("GPU: {0}")]
     Device(#[from] DeviceError),

@@ -113,6 +113,12 @@ impl Place {
         self.container(&args, &self.gpu)
     }
 
+    /// The bundle of a container that was made here.
+    pub fn bundle(&self, id: &str) -> Bundle {
+        let path = self.path(id);
+        Bundle { out: path.join("out"), path }
+    }
+
     /// A container of any command.
     pub fn container(&self, args: &[&str], gpu: &Gpu) -> Result<Container<'_>> {
         let number = self.containers.fetch_add(1, Ordering::SeqCst);

@@ -115,3 +115,40 @@ fn pre_dumped(tools: &Tools) -> Result<()> {
 fn a_pre_dump_is_completed_by_a_checkpoint() {
     sandboxed("a_pre_dump_is_completed_by_a_checkpoint", |tools| pre_dumped(tools).unwrap());
 }
+
+fn full_gpu(tools: &Tools) -> Result<()> {
+    let mut place = Place::new(tools)?;
+    // The worker's first context is refused, as on a GPU that is full (2) or in exclusive mode and taken (46).
+    for code in [2, 46] {
+        place.env.insert("SIMCUDA_FAIL".into(), format!("cuDevicePrimaryCtxRetain:1:{code}").into());
+        let container = started(&place, &["--mib", "24"], "auto")?;
+        let report = container.checkpoint_with("running", &["--leave-running"])?;
+        let warnings = report["warnings"].to_string();
+        assert!(warnings.contains("no room for a second process"), "{warnings}");
+        container.steps(3)?;
+        assert_ne!(container.try_checkpoint_with("pre", &["--pre-dump"])?.status, 0);
+        let error = container.last_error()?;
+        assert!(error.contains("without --pre-dump"), "{error}");
+        container.steps(3)?;
+        container.checkpoint_with("stopped", &[])?;
+        container.try_verb("delete", &["--force"])?;
+        let id = container.id.clone();
+        drop(container);
+        place.env.remove("SIMCUDA_FAIL");
+        let again = Container {
+            place: &place,
+            id: id.clone(),
+            bundle: place.bundle(&id),
+            runtime: place.tools.program("phos-runc"),
+        };
+        comes_back(&again, "stopped")?;
+        comes_back(&again, "running")?;
+        again.try_verb("delete", &["--force"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gpu_without_room_for_the_worker_is_saved_too() {
+    sandboxed("a_gpu_without_room_for_the_worker_is_saved_too", |tools| full_gpu(tools).unwrap());
+}

@@ -349,6 +349,13 @@ impl Device for CudaDevice {
         self.gpu(gpu)?.enter()
     }
 
+    fn close(&self) {
+        for gpu in self.gpus.iter().filter(|g| g.context.get().is_some()) {
+            // Nothing sensible can be done about a failure; the process's end gives it back too.
+            let _ = check!(cuDevicePrimaryCtxRelease_v2(gpu.ordinal));
+        }
+    }
+
     fn process_state(&self, pid: i32) -> Result<Option<ProcessState>> {
         Ok(self.calls.state(pid))
     }

@@ -95,6 +95,12 @@ impl DeviceError {
     pub fn is_out_of_memory(&self) -> bool {
         matches!(self, DeviceError::Driver { code: 2, .. })
     }
+
+    /// Whether there is no room for another process on the GPU: no memory, or it is in exclusive mode and taken
+    /// (`CUDA_ERROR_DEVICE_UNAVAILABLE`).
+    pub fn is_no_room(&self) -> bool {
+        matches!(self, DeviceError::Driver { code: 2 | 46, .. })
+    }
 }
 
 type Result<T> = std::result::Result<T, DeviceError>;
@@ -165,6 +171,8 @@ pub trait Device: Send + Sync {
     /// Makes a context on a GPU. Every use of a GPU does that by itself; it takes time and some of the GPU's memory, so GPUs
     /// that a job does not touch get none.
     fn open(&self, gpu: GpuId) -> Result<()>;
+    /// Gives all contexts back. What was made on them must be gone, and the GPUs are not used through this value again.
+    fn close(&self);
 
     /// The driver's state of a process; `None` if the process does not use a GPU.
     fn process_state(&self, pid: i32) -> Result<Option<ProcessState>>;

@@ -18,6 +18,8 @@
 //!
 //! A pre-dump is the first two steps, the lower runtime's own pre-dump, and the commit.
 
+mod without_room;
+
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread;
@@ -69,6 +71,8 @@ pub struct Checkpoint<'a> {
     frozen: bool,
     /// The processes are in the lower runtime's image and nowhere else.
     gone: bool,
+    /// The GPU has no room for this process beside the container's.
+    no_room: bool,
 }
 
 fn ms(d: Duration) -> f64 {
@@ -93,6 +97,7 @@ pub fn run(
         lower: LowerOutput::default(),
         frozen: job.frozen,
         gone: false,
+        no_room: false,
     };
     let result = checkpoint.run();
     let Checkpoint { mut report, lower, .. } = checkpoint;
@@ -146,6 +151,9 @@ impl Checkpoint<'_> {
 
     fn save(&mut self, folder: &ImageFolder) -> Result<(), EngineError> {
         self.preflight()?;
+        if self.no_room {
+            return self.save_without_room(folder);
+        }
         let bytes: u64 = self.subjects.iter().map(Subject::bytes).sum();
         let device = self.device.clone();
         let progress = self.progress;
@@ -176,14 +184,8 @@ impl Checkpoint<'_> {
         match self.stand_still(&mut session) {
             Ok(()) => {}
             Err(cause) => {
-                tracing::error!(error = %cause, "checkpoint failed, waking the container");
                 drop(session);
-                return Err(match self.wake(|| ()) {
-                    Ok(_) => cause,
-                    Err(rollback) => {
-                        EngineError::RollbackFailed { cause: Box::new(cause), rollback: Box::new(rollback) }
-                    }
-                });
+                return Err(self.woken_after(cause));
             }
         }
         if self.job.leave_running {
@@ -232,9 +234,23 @@ impl Checkpoint<'_> {
             }
             let table = library.table(0)?;
             subject.apply(table, self.wire)?;
-            subject.import(self.device.as_ref())?;
+            match subject.import(self.device.as_ref()) {
+                Err(EngineError::Driver { source, .. }) if source.is_no_room() => self.no_room = true,
+                other => other?,
+            }
         }
         Ok(())
+    }
+
+    /// Brings the container back after a failure; the error to report.
+    fn woken_after(&mut self, cause: EngineError) -> EngineError {
+        tracing::error!(error = %cause, "checkpoint failed, waking the container");
+        match self.wake(|| ()) {
+            Ok(_) => cause,
+            Err(rollback) => {
+                EngineError::RollbackFailed { cause: Box::new(cause), rollback: Box::new(rollback) }
+            }
+        }
     }
 
     /// Decides how to copy.
@@ -406,6 +422,9 @@ impl Checkpoint<'_> {
         let drain = Duration::from_micros(timings.iter().map(|t| t.drain_us).max().unwrap_or(0));
         self.report.drain_ms = ms(drain);
         self.report.park_ms = ms(begin.elapsed().saturating_sub(drain));
+        if self.no_room {
+            return Ok(());
+        }
         // Late allocations are mapped here only now: the library was not kept waiting for it.
         let device = self.device.clone();
         self.subjects.iter_mut().try_for_each(|s| s.import(device.as_ref()))
