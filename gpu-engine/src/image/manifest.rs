@@ -8,6 +8,9 @@ use crate::device::GpuId;
 /// Largest manifest that is read, bytes. A million allocations take 150 MB.
 pub const MAX_BYTES: u64 = 256 << 20;
 
+/// Most chunks of an image: 16 TiB of GPU memory. The chunk table of so many is 2 GiB, which is read as a whole.
+pub const MOST_CHUNKS: u64 = 1 << 26;
+
 /// The driver the image was made with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriverEntry {
@@ -196,7 +199,7 @@ impl Manifest {
             }
             next_chunk = next_chunk
                 .checked_add(a.size / CHUNK as u64)
-                .filter(|n| *n <= 1 << 40)
+                .filter(|n| *n <= MOST_CHUNKS)
                 .ok_or("more chunks than can exist")?;
         }
         let mut pids = std::collections::HashSet::new();

@@ -2,6 +2,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
+use super::manifest::MOST_CHUNKS;
 use super::*;
 use crate::device::GpuId;
 
@@ -253,4 +254,53 @@ fn a_chain_that_bites_its_tail_ends() {
     fs::write(base.join(MANIFEST), serde_json::to_string(&manifest).unwrap()).unwrap();
     let error = Image::open(&base).unwrap_err().to_string();
     assert!(error.contains("chain of more than"), "{error}");
+}
+
+#[test]
+fn a_manifest_cannot_make_a_reader_allocate_what_is_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let path = folder.path().join(MANIFEST);
+    let mut manifest: Manifest = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    manifest.allocations.truncate(1);
+    // A chunk table that would be 2 TiB long, and is so, as a file with nothing in it.
+    manifest.allocations[0].size = (1 << 36) * CHUNK as u64;
+    manifest.index.size = ChunkTable::encoded_len(1 << 36);
+    fs::write(&path, serde_json::to_string(&manifest).unwrap()).unwrap();
+    fs::File::create(folder.path().join(INDEX)).unwrap().set_len(manifest.index.size).unwrap();
+    let error = Image::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("bytes") || error.contains("more chunks"), "{error}");
+    manifest.allocations[0].size = (MOST_CHUNKS + 1) * CHUNK as u64;
+    manifest.index.size = ChunkTable::encoded_len(MOST_CHUNKS + 1);
+    fs::write(&path, serde_json::to_string(&manifest).unwrap()).unwrap();
+    fs::File::create(folder.path().join(INDEX)).unwrap().set_len(manifest.index.size).unwrap();
+    let error = Image::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("more chunks than"), "{error}");
+}
+
+proptest::proptest! {
+    /// Whatever is done to the two files that a reader interprets, it says yes or no.
+    #[test]
+    fn no_change_makes_a_reader_panic(
+        which in 0usize..2,
+        changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), proptest::prelude::any::<u8>()), 1..6),
+        cut: Option<proptest::sample::Index>,
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path());
+        let path = folder.path().join([MANIFEST, INDEX][which]);
+        let mut bytes = fs::read(&path).unwrap();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            // Digits stay digits: numbers are what a reader trusts too easily.
+            bytes[at] = if bytes[at].is_ascii_digit() { b'0' + byte % 10 } else { byte };
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        fs::write(&path, bytes).unwrap();
+        if let Ok(image) = Image::open(folder.path()) {
+            let _ = image.verify();
+        }
+    }
 }
