@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use crate::image::CHUNK;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
@@ -25,6 +26,8 @@ use thiserror::Error;
 
 /// How long the library may take to answer what needs no GPU work.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long a whole table may take.
+const TABLE: Duration = Duration::from_secs(20);
 /// Most allocations one process may have. A table of this length needs 60 MB here.
 const MAX_ENTRIES: usize = 1 << 20;
 
@@ -227,7 +230,7 @@ impl Library {
     /// The table's changes since generation `since`; the application runs on.
     pub fn table(&self, since: u64) -> Result<TableUpdate> {
         self.send(&Message::Table { since }, &[])?;
-        self.receive_table()
+        self.receive_table(TABLE)
     }
 
     /// Stops the process's GPU work. When this returns, nothing is running and the table is complete; the
@@ -236,7 +239,7 @@ impl Library {
         let drain_timeout_ms = u32::try_from(drain.as_millis()).unwrap_or(u32::MAX);
         self.timeout(drain + ANSWER)?;
         self.send(&Message::Park { since, drain_timeout_ms, flags }, &[])?;
-        let update = self.receive_table()?;
+        let update = self.receive_table(drain + TABLE)?;
         self.timeout(ANSWER)?;
         Ok(update)
     }
@@ -265,10 +268,14 @@ impl Library {
         }
     }
 
-    fn receive_table(&self) -> Result<TableUpdate> {
+    fn receive_table(&self, limit: Duration) -> Result<TableUpdate> {
         let mut update = TableUpdate::default();
         let mut ids = HashSet::new();
+        let deadline = Instant::now() + limit;
         loop {
+            if Instant::now() > deadline {
+                return Err(self.broke("its table does not end".into()));
+            }
             match self.receive()? {
                 (Message::Entries(entries), fds) => {
                     if entries.len() != fds.len() {
@@ -278,7 +285,7 @@ impl Library {
                         return Err(self.broke(format!("more than {MAX_ENTRIES} allocations")));
                     }
                     for (entry, fd) in entries.into_iter().zip(fds) {
-                        if entry.size == 0 || entry.size % 4096 != 0 || entry.size > 1 << 46 {
+                        if entry.size == 0 || entry.size % CHUNK as u64 != 0 || entry.size > 1 << 46 {
                             return Err(self.broke(format!("an allocation of {} bytes", entry.size)));
                         }
                         if !ids.insert(entry.id) {
