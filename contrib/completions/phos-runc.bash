@@ -13,7 +13,7 @@ _phos_runc_ids() {
 
 _phos_runc() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local verbs="checkpoint create delete events exec features gpu inspect kill list pause ps restore resume run spec start state update"
+    local verbs="checkpoint create delete doctor events exec features gpu inspect kill list pause ps restore resume run spec start state update"
     local verb="" i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
@@ -54,10 +54,10 @@ _phos_runc() {
         restore) words="--image-path --work-path --trace --bundle --detach --pid-file --console-socket --no-subreaper --no-pivot --tcp-established --ext-unix-sk --shell-job --file-locks --manage-cgroups-mode" ;;
         create | run) words="--bundle --console-socket --pid-file --no-pivot --no-new-keyring --preserve-fds" ;;
         delete) words="--force" ;;
-        gpu) words="--json" ;;
+        doctor | gpu) words="--json" ;;
         *) words="" ;;
     esac
-    [[ -n $verb && $cur != -* && $verb != create && $verb != run && $verb != restore ]] && words=$(_phos_runc_ids)
+    [[ -n $verb && $cur != -* && $verb != create && $verb != doctor && $verb != run && $verb != restore ]] && words=$(_phos_runc_ids)
     mapfile -t COMPREPLY < <(compgen -W "$words" -- "$cur")
 }
 

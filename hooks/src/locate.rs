@@ -189,7 +189,8 @@ pub fn can_load(library: &Path, root: &Path) -> Result<(), String> {
     };
     let has = fs::read(&libc).ok().and_then(|b| glibc_minor(&b)).unwrap_or(0);
     if has < needs {
-        return Err(format!("its GNU C library is 2.{has}, libphos.so needs 2.{needs}"));
+        let name = library.file_name().unwrap_or_default().to_string_lossy();
+        return Err(format!("its GNU C library is 2.{has}, {name} needs 2.{needs}"));
     }
     Ok(())
 }

@@ -131,3 +131,53 @@ fn ids_that_are_no_names_never_become_paths() {
     }
     assert!(!lower.folder.path().join("state").exists());
 }
+
+/// A host on which everything is in place but for one thing is told which.
+#[test]
+fn doctor_says_what_prevents_a_checkpoint() {
+    let lower = Lower::new();
+    let built = phos_runc().parent().unwrap().to_path_buf();
+    let script = |name: &str, text: &str| {
+        let path = lower.folder.path().join(name);
+        fs::write(&path, format!("#!/bin/sh\necho '{text}'\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    };
+    let doctor = |criu: &Path, words: &[&str]| {
+        Command::new(phos_runc())
+            .arg("doctor")
+            .args(words)
+            .env_clear()
+            .env("PHOS_LOWER_RUNTIME", script("runc", "runc version 9"))
+            .env("PHOS_CONFIG", lower.folder.path().join("config.toml"))
+            .env("PHOS_STATE_DIR", lower.folder.path().join("state"))
+            .env("PHOS_LIB_DIR", &built)
+            .env("PHOS_LIBCUDA", built.join("libsimcuda.so"))
+            .env("PHOS_CRIU", criu)
+            .output()
+            .unwrap()
+    };
+    let report = |output: &Output| -> serde_json::Value { serde_json::from_slice(&output.stdout).unwrap() };
+    let problems = |report: &serde_json::Value| -> Vec<String> {
+        let bad = report["findings"].as_array().unwrap().iter().filter(|f| f["level"] == "problem");
+        bad.map(|f| format!("{}: {} -> {}", f["check"], f["found"], f["remedy"])).collect()
+    };
+    let (new, old) = (script("criu", "Version: 4.1"), script("old-criu", "Version: 3.17.1"));
+    let good = doctor(&new, &["--json"]);
+    let found = report(&good);
+    // What the machine itself lacks is not this test's matter.
+    let own = |p: &&String| {
+        ["criu", "libphos", "lower", "driver", "gpus"].iter().any(|w| p.starts_with(&format!("\"{w}")))
+    };
+    assert_eq!(problems(&found).iter().find(own), None);
+    assert_eq!(good.status.code() == Some(0), problems(&found).is_empty());
+    assert_eq!(found["usable"], problems(&found).is_empty());
+    let bad = doctor(&old, &["--json"]);
+    assert_eq!(bad.status.code(), Some(1));
+    assert!(problems(&report(&bad)).iter().any(|p| p.contains("3.17.1") && p.contains("4.1 or newer")));
+    let text = String::from_utf8(doctor(&old, &[]).stdout).unwrap();
+    assert!(text.lines().any(|l| l.starts_with("PROBLEM") && l.contains("criu")), "{text}");
+    let wrong = doctor(&new, &["--jsn"]);
+    assert_eq!((wrong.status.code(), wrong.stdout.len()), (Some(1), 0));
+    assert!(!lower.folder.path().join("state").exists(), "doctor leaves nothing behind");
+}

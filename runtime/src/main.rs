@@ -7,6 +7,7 @@ mod checkpoint;
 mod config;
 mod context;
 mod create;
+mod doctor;
 mod gpu;
 mod inspect;
 mod log;
@@ -29,6 +30,7 @@ use crate::lower::Lower;
 const OWN_HELP: &str = "
 PHOS-RUNC:
    phos-runc adds the GPU to `checkpoint` and `restore`, and these commands:
+     doctor [--json]                    checks this host and says what to do about each finding
      gpu ID [--json]                    shows what its processes hold on the GPU
      inspect IMAGE [--json] [--verify]  shows what a GPU image holds
 ";
@@ -60,6 +62,7 @@ fn dispatch(args: &Args) -> Result<i32> {
         "delete" => create::delete(&own(args)?),
         "checkpoint" => checkpoint::run(&own(args)?),
         "restore" => restore::run(&own(args)?),
+        "doctor" => doctor::run(args),
         "gpu" => gpu::run(&own(args)?),
         "inspect" => inspect::run(args),
         "" | "help" => describe(&own(args)?),
