@@ -22,7 +22,7 @@ impl Checkpoint<'_> {
         folder.require(bytes + bytes / 64)?;
         self.subjects.iter_mut().flat_map(|s| &mut s.pieces).for_each(|p| p.region = None);
         let stopped = Instant::now();
-        let saved = self.stand_still_without_room().or_else(|cause| Err(self.woken_after(cause)))?;
+        let saved = self.stand_still_without_room().map_err(|cause| self.woken_after(cause))?;
         if self.job.leave_running {
             self.report.pause_ms = ms(stopped.elapsed());
         }
