@@ -113,6 +113,41 @@ def stop_and_restore(box, workload, more=()):
     shutil.rmtree(image)
 
 
+def resumes(box, image, workload):
+    """The container goes on from an earlier image, taken while it ran; its steps are compared with those of the reference."""
+    os.rename(box.log, box.log + ".first")
+    os.unlink(f"{WORK}/out/{box.name}.stop")
+    box.restore(image)
+    box.wait_steps(5)
+    box.stop()
+    with open(f"{WORK}/out/reference-{box.name}.log") as f:
+        expected = {int(line.split()[0]): line.split()[1] for line in f}
+    compared = [(n, digest == expected[n]) for n, digest, _ in box.steps() if n in expected]
+    same = bool(compared) and all(ok for _, ok in compared)
+    log(f"{workload}: from {os.path.basename(image)} it went on at step {compared[0][0] if compared else '?'}, {len(compared)} steps compared, bit identical: {same}")
+    result("restore", workload, "phos-runc", "bit_identical", same, len(compared), note="resumed from a leave-running image taken in mid-step")
+    shutil.rmtree(image)
+
+
+def idle_increment(box, workload):
+    """Two images of a process that does nothing in between: the second one holds only what changed."""
+    idle = f"{WORK}/out/idle"
+    open(idle, "w").close()
+    time.sleep(1)
+    reports = []
+    for i, more in enumerate(((), ("--parent-path", f"../{box.name}-idle-0"))):
+        image = f"{WORK}/images/{box.name}-idle-{i}"
+        box.checkpoint(image, True, *more)
+        reports.append(box.report())
+    for i in range(2):
+        shutil.rmtree(f"{WORK}/images/{box.name}-idle-{i}")
+    os.unlink(idle)
+    box.wait_steps(1)
+    result("copy", workload, "phos-runc", "image_bytes", reports[0]["written_bytes"], note="idle")
+    result("copy", workload, "phos-runc", "increment_bytes", reports[1]["written_bytes"], note=f"idle; digest {reports[1]['digest_ms']:.1f} ms")
+    log(f"{workload} idle: {reports[0]['written_bytes'] / 1e9:.2f} GB, then {reports[1]['written_bytes'] / 1e9:.3f} GB")
+
+
 def identical(box, workload, bench="pause"):
     steps = box.steps()
     same, compared = compare(steps, reference(box, len(steps)))
@@ -139,7 +174,7 @@ def phos(gb, count, strategy):
 
 # Workload, annotations, steps to warm up and to settle, whether incremental images are of interest.
 MODELS = {
-    "llama13b-infer": (("models.py", "--model", "llama13b-infer"), {}, 20, 10, True),
+    "llama13b-infer": (("models.py", "--model", "llama13b-infer", "--idle", "/out/idle"), {}, 20, 10, True),
     "llama13b-train": (("models.py", "--model", "llama13b-train"), {}, 3, 2, False),
     "resnet-train": (("models.py", "--model", "resnet-train"), {}, 20, 5, False),
     "unet-infer": (("models.py", "--model", "unet-infer"), {}, 20, 10, False),
@@ -161,14 +196,14 @@ def models(args):
             balloon.stdout.readline()
         pauses, images = [], []
         for i in range(args.count):
-            gap, report, image = leave_running(box, workload, i, settle=settle, keep=incremental)
+            for old in images:
+                shutil.rmtree(old, ignore_errors=True)
+            gap, report, image = leave_running(box, workload, i, settle=settle, keep=True)
             pauses.append((gap, report))
-            images.append(image)
-            if incremental:
-                for old in images[:-1]:
-                    shutil.rmtree(old, ignore_errors=True)
+            images = [image]
         figures(workload, pauses)
         if args.pause_only:
+            shutil.rmtree(images[-1])
             box.stop()
             if args.plain:
                 plain(workload, words, warm, True)
@@ -181,9 +216,13 @@ def models(args):
             result("copy", workload, "phos-runc", "increment_bytes", report["written_bytes"], note=f"of {report['gpu_bytes']}; pause {gap:.0f} ms, digest {report['digest_ms']:.1f} ms")
             shutil.rmtree(image)
             stop_and_restore(box, workload, ("--parent-path", f"../{last}"))
-            shutil.rmtree(images[-1])
-        else:
+            shutil.rmtree(images.pop())
+            idle_increment(box, workload)
+        elif pauses[-1][1]["gpu_bytes"] < 45e9:
             stop_and_restore(box, workload)
+        else:
+            # Two images of this size do not fit: the running one is what is resumed from.
+            log(f"{workload}: no stop, its image would not fit beside the other")
         box.wait_steps(settle)
         box.stop()
         if balloon:
@@ -192,6 +231,8 @@ def models(args):
         if args.plain and workload == "llama13b-infer":
             plain(workload, words, warm)
         identical(box, workload)
+        if images:
+            resumes(box, images[-1], workload)
 
 
 def plain(workload, words, warm, pause_only=False):

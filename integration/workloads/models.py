@@ -20,6 +20,7 @@ parser.add_argument("--layers", type=int, default=0, help="decoder layers; 0: 40
 parser.add_argument("--steps", type=int, default=0, help="stop after so many; 0: go on until --stop exists")
 parser.add_argument("--out", required=True)
 parser.add_argument("--stop", default="", help="end when this file exists")
+parser.add_argument("--idle", default="", help="wait as long as this file exists")
 args = parser.parse_args()
 
 torch.use_deterministic_algorithms(True)
@@ -176,6 +177,8 @@ def unet_infer():
 advance = {"llama13b-infer": llama_infer, "llama13b-train": llama_train, "resnet-train": resnet_train, "unet-infer": unet_infer}[args.model]()
 step = 0
 while (args.steps == 0 or step < args.steps) and not (args.stop and os.path.exists(args.stop)):
+    while args.idle and os.path.exists(args.idle):
+        time.sleep(0.02)
     digest = hashlib.sha256(advance(step).cpu().numpy().tobytes()).hexdigest()[:16]
     with open(args.out, "a") as out:
         out.write(f"{step} {digest} {time.monotonic_ns()}\n")
