@@ -7,6 +7,7 @@ use std::ffi::CString;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, Once};
 use std::thread;
 use std::time::Duration;
@@ -51,7 +52,11 @@ pub unsafe extern "C" fn cuInit(flags: u32) -> Status {
     result
 }
 
+/// The conversation under way, likewise.
+static CONVERSATION: AtomicI32 = AtomicI32::new(-1);
+
 extern "C" fn in_child() {
+    fds::close(CONVERSATION.swap(-1, Ordering::Relaxed));
     close_listener();
     table::close_after_fork();
     gate::reset_after_fork();
@@ -203,11 +208,13 @@ fn wait_for_host(folder: &Path) {
         if !connected || !may_command(&connection) {
             continue;
         }
+        CONVERSATION.store(fd, Ordering::Relaxed);
         let result = (|| {
             connection.set_timeout(Some(SILENCE))?;
             connection.send(&greeting(true), &[])?;
             attach(&connection)
         })();
+        CONVERSATION.store(-1, Ordering::Relaxed);
         match result {
             Ok(timings) => {
                 let _ = connection.send(&Message::Attached(timings), &[]);
@@ -236,12 +243,16 @@ fn run(folder: &Path) {
                 thread::sleep(KNOCK);
                 continue;
             }
-            // SAFETY: accept4 just returned this fd.
-            let connection = Connection::new(unsafe { OwnedFd::from_raw_fd(fds::raise(fd)) });
+            let fd = fds::raise(fd);
+            // SAFETY: accept4 just returned this fd, whatever its number is now.
+            let connection = Connection::new(unsafe { OwnedFd::from_raw_fd(fd) });
             if !may_command(&connection) {
                 continue;
             }
-            match converse(&connection) {
+            CONVERSATION.store(fd, Ordering::Relaxed);
+            let outcome = converse(&connection);
+            CONVERSATION.store(-1, Ordering::Relaxed);
+            match outcome {
                 Ok(true) => break true,
                 Ok(false) => {}
                 Err(failure) => {
