@@ -71,6 +71,15 @@ pub(crate) fn succeeded(words: &[&str], ended: Ended) -> Result<String> {
     Ok(ended.text)
 }
 
+/// Writes a bundle's root file system as an archive; returns its path.
+fn root_archive(place: &Place, bundle: &Bundle) -> Result<String> {
+    let archive = place.path("rootfs.tar").display().to_string();
+    let root = bundle.path.join("rootfs").display().to_string();
+    let words = ["-C", &root, "-cf", &archive, "."];
+    succeeded(&words, place.command(Path::new("/usr/bin/tar"), &words, false)?)?;
+    Ok(archive)
+}
+
 /// Podman.
 pub struct Podman<'a> {
     place: &'a Place,
@@ -103,6 +112,8 @@ impl<'a> Podman<'a> {
             &run,
             "--tmpdir",
             &temporary,
+            "--storage-driver",
+            "vfs",
             "--cgroup-manager",
             "cgroupfs",
             "--runtime",
@@ -116,6 +127,22 @@ impl<'a> Podman<'a> {
     /// Runs a command that must succeed.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         succeeded(words, self.try_run(words)?)
+    }
+
+    /// Makes an image of a bundle's root file system.
+    pub fn import(&self, bundle: &Bundle, name: &str) -> Result<()> {
+        // Trust is no matter here, and the machine's own policy may be missing.
+        let policy = self.place.path("policy.json").display().to_string();
+        fs::write(&policy, r#"{"default": [{"type": "insecureAcceptAnything"}]}"#)?;
+        self.run(&["import", "--signature-policy", &policy, &root_archive(self.place, bundle)?, name])
+            .map(|_| ())
+    }
+
+    /// Runs a container of an image, with these further options and this command.
+    pub fn run_image(&self, options: &[&str], image: &str, command: &[&str]) -> Result<String> {
+        let parent = cgroup_parent(self.place);
+        let run = ["run", "-d", "--cgroup-parent", &parent];
+        self.run(&[&run[..], options, &[image], command].concat())
     }
 
     /// Runs a container of the root file system `rootfs`, with these further options and this command.
@@ -185,11 +212,7 @@ impl<'a> Docker<'a> {
 
     /// Makes an image of a bundle's root file system.
     pub fn import(&self, bundle: &Bundle, name: &str) -> Result<()> {
-        let archive = self.place.path("rootfs.tar");
-        let root = bundle.path.join("rootfs");
-        let words = ["-C", root.to_str().context("path")?, "-cf", archive.to_str().context("path")?, "."];
-        succeeded(&words, self.place.command(Path::new("/usr/bin/tar"), &words, false)?)?;
-        self.run(&["import", archive.to_str().context("path")?, name]).map(|_| ())
+        self.run(&["import", &root_archive(self.place, bundle)?, name]).map(|_| ())
     }
 
     /// Runs a command that must succeed.

@@ -51,6 +51,7 @@ fn docker(tools: &Tools) -> Result<()> {
     engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE].concat())?;
     steps(&bundle.out, 5)?;
     frozen_first(|| engine.run(&["checkpoint", "create", "--leave-running", "box", "first"]))?;
+    let after_first = steps(&bundle.out, 0)?;
     steps(&bundle.out, 5)?;
     frozen_first(|| engine.run(&["checkpoint", "create", "box", "second"]))?;
     let listed = engine.run(&["checkpoint", "ls", "box"])?;
@@ -62,6 +63,18 @@ fn docker(tools: &Tools) -> Result<()> {
     let refused = engine.try_run(&["checkpoint", "create", "--leave-running", "box", "first"])?;
     ensure!(refused.status != 0);
     steps(&bundle.out, 3)?;
+    // The earlier of two checkpoints: the program goes on from where it was then.
+    engine.run(&["kill", "box"])?;
+    engine.run(&["wait", "box"])?;
+    fs::remove_file(bundle.out.join("status"))?;
+    engine.run(&["start", "--checkpoint", "first", "box"])?;
+    let lines = status::wait_for(&bundle.out.join("status"), 5, Duration::from_secs(60))?;
+    status::check(&lines)?;
+    let again = lines[0].step;
+    ensure!(
+        again > 1 && again <= after_first + 1,
+        "from the first checkpoint, before {after_first}: {again}"
+    );
     Ok(())
 }
 
@@ -108,6 +121,36 @@ fn podman(tools: &Tools) -> Result<()> {
     ensure!(refused.status != 0 && refused.text.contains("no CRIU found"), "{refused:?}");
     steps(&bundle.out, 3)?;
     Ok(())
+}
+
+/// From an archive under another name, once the container it was made of is gone, and of a container with limits.
+fn podman_import(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let bundle = root(&place)?;
+    let engine = Podman::new(&place)?;
+    engine.import(&bundle, "sample")?;
+    let volume = format!("{}:/out", bundle.out.display());
+    let options = ["--name", "box", "--network", "none", "--memory", "512m", "--read-only", "-v", &volume];
+    engine.run_image(&[&options[..], &DEVICE].concat(), "sample", &SAMPLE)?;
+    steps(&bundle.out, 5)?;
+    let archive = place.path("export.tar.gz").display().to_string();
+    engine.run(&["container", "checkpoint", "--export", &archive, "box"])?;
+    let stood_at = steps(&bundle.out, 0)?;
+    engine.run(&["rm", "-f", "box"])?;
+    engine.run(&["container", "restore", "--import", &archive, "--name", "other"])?;
+    let again = steps(&bundle.out, 5)?;
+    ensure!(again >= stood_at + 5, "{again} after {stood_at}");
+    ensure!(engine.run(&["ps", "--format", "{{.Names}}"])?.trim() == "other");
+    Ok(())
+}
+
+#[test]
+fn podman_import_under_another_name() {
+    sandboxed("podman_import_under_another_name", |tools| {
+        if present("podman") {
+            podman_import(tools).unwrap();
+        }
+    });
 }
 
 #[test]
