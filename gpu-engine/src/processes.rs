@@ -28,6 +28,8 @@ pub struct Process {
     pub pid: i32,
     /// Process id in its own, innermost namespace.
     pub own_pid: i32,
+    /// Its parent's process id in this program's PID namespace.
+    pub parent: i32,
     /// Start time in clock ticks since boot: tells a process from a later one with the same id.
     pub start_time: u64,
     /// `argv[0]`'s last part, for messages.
@@ -96,11 +98,12 @@ pub fn describe(pid: i32) -> Option<Process> {
         return None;
     }
     let own_pid = field("NSpid:").and_then(|v| v.split_whitespace().last()?.parse().ok()).unwrap_or(pid);
+    let parent = field("PPid:").and_then(|v| v.parse().ok()).unwrap_or(0);
     let command = field("Name:").unwrap_or_default().to_string();
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command in parentheses may hold anything; fields are counted behind its last parenthesis.
     let start_time = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
-    Some(Process { pid, own_pid, start_time, command })
+    Some(Process { pid, own_pid, parent, start_time, command })
 }
 
 /// The processes of the container whose first process is `init`.
@@ -125,6 +128,23 @@ pub fn of_container(init: i32) -> Result<Vec<Process>, ProcessError> {
     if processes.is_empty() { Err(ProcessError::Gone(init)) } else { Ok(processes) }
 }
 
+/// Whether `process`, one of `all`, descends from `init`. CRIU saves those and no others: what joined the container by
+/// `exec` has its parent outside.
+pub fn descends(process: &Process, init: i32, all: &[Process]) -> bool {
+    let mut pid = process.pid;
+    // No chain is longer than there are processes.
+    for _ in 0..=all.len() {
+        if pid == init {
+            return true;
+        }
+        match all.iter().find(|p| p.pid == pid) {
+            Some(p) => pid = p.parent,
+            None => return false,
+        }
+    }
+    false
+}
+
 /// Whether a process has a CUDA driver library loaded. Whether it uses it, the driver must say.
 pub fn has_driver_loaded(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("libcuda.so"))
@@ -146,6 +166,24 @@ mod tests {
         let folder = cgroup_folder(text, Path::new("/c"), false);
         assert_eq!(folder.as_deref(), Some(Path::new("/c/freezer/box/1")));
         assert_eq!(cgroup_folder("8:pids:/\n0::/\n", Path::new("/c"), false), None);
+    }
+
+    #[test]
+    fn what_joined_by_exec_does_not_descend_from_the_first_process() {
+        let process =
+            |pid, parent| Process { pid, own_pid: pid, parent, start_time: 1, command: String::new() };
+        // 10 is the container's first, 20 joined; 30 and 31 loop, as a list read while processes end might.
+        let all = [
+            process(10, 1),
+            process(11, 10),
+            process(12, 11),
+            process(20, 2),
+            process(21, 20),
+            process(30, 31),
+            process(31, 30),
+        ];
+        let inside: Vec<_> = all.iter().filter(|p| descends(p, 10, &all)).map(|p| p.pid).collect();
+        assert_eq!(inside, [10, 11, 12]);
     }
 
     #[test]

@@ -213,7 +213,14 @@ impl Checkpoint<'_> {
         if self.job.control_dir.exists() {
             self.control = Some(ControlDir::open(&self.job.control_dir)?);
         }
-        self.subjects = find(self.device.as_ref(), self.job.init_pid, self.control.as_ref())?;
+        let (subjects, outsiders) = find(self.device.as_ref(), self.job.init_pid, self.control.as_ref())?;
+        self.subjects = subjects;
+        for p in outsiders {
+            self.report.warnings.push(format!(
+                "process {} ({}) joined the container by exec: like the lower runtime, the checkpoint leaves it out",
+                p.pid, p.command
+            ));
+        }
         self.report.processes = self.subjects.len() as u32;
         for subject in &mut self.subjects {
             let Some(library) = &subject.library else {

@@ -7,7 +7,7 @@ use crate::device::{Device, GpuId, Region};
 use crate::error::EngineError;
 use crate::keeper::wire::{Held, KeptProcess, Packet, Phase, Wire};
 use crate::peer::{ControlDir, Library, TableUpdate};
-use crate::processes;
+use crate::processes::{self, Process};
 
 /// One physical allocation of a process.
 pub struct Piece {
@@ -104,15 +104,20 @@ impl KeptProcess {
 }
 
 /// Finds the container's GPU processes and talks to their libraries. `control` is the container's control
-/// folder, if it has one.
+/// folder, if it has one. GPU processes that the lower runtime will not save come back as well, for a warning.
 pub fn find(
     device: &dyn Device,
     init_pid: i32,
     control: Option<&ControlDir>,
-) -> Result<Vec<Subject>, EngineError> {
-    let mut subjects = Vec::new();
-    for process in processes::of_container(init_pid)? {
+) -> Result<(Vec<Subject>, Vec<Process>), EngineError> {
+    let (mut subjects, mut outsiders) = (Vec::new(), Vec::new());
+    let all = processes::of_container(init_pid)?;
+    for process in &all {
         if !processes::has_driver_loaded(process.pid) || device.process_state(process.pid)?.is_none() {
+            continue;
+        }
+        if !processes::descends(process, init_pid, &all) {
+            outsiders.push(process.clone());
             continue;
         }
         let library = match control {
@@ -123,13 +128,13 @@ pub fn find(
             pid: process.pid,
             own_pid: process.own_pid,
             start_time: process.start_time,
-            command: process.command,
+            command: process.command.clone(),
             has_library: library.is_some(),
             phase: Phase::Running,
         };
         subjects.push(Subject { library, ..Subject::new(kept) });
     }
-    Ok(subjects)
+    Ok((subjects, outsiders))
 }
 
 /// Runs `step` for every item at the same time and returns the first error, after all have ended.
