@@ -174,6 +174,10 @@ pub struct CheckpointReport {
     pub snapshot_ms: f64,
     /// The driver's lock and checkpoint, milliseconds.
     pub driver_checkpoint_ms: f64,
+    /// Bytes of what the driver saved that were zeros and are not written.
+    pub trimmed_bytes: u64,
+    /// Finding them, milliseconds.
+    pub trim_ms: f64,
     /// The lower runtime's checkpoint, milliseconds.
     pub criu_ms: f64,
     /// The driver's restore and unlock, milliseconds; 0 if the container was stopped.

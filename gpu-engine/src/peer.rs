@@ -254,6 +254,15 @@ impl Library {
         }
     }
 
+    /// Has a parked process, whose driver state is saved, give back what of it is zeros. Returns the bytes.
+    pub fn trim(&self) -> Result<u64> {
+        self.send(&Message::Trim, &[])?;
+        match self.receive()?.0 {
+            Message::Trimmed { bytes } => Ok(bytes),
+            other => Err(self.unexpected(&other)),
+        }
+    }
+
     /// Gives a parked process its memory back. `entries` must be all that were alive at park.
     pub fn attach(self, entries: &[(Entry, RawFd)]) -> Result<Timings> {
         self.timeout(Duration::from_secs(60))?;

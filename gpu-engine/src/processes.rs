@@ -106,21 +106,32 @@ pub fn describe(pid: i32) -> Option<Process> {
     Some(Process { pid, own_pid, parent, start_time, command })
 }
 
-/// The processes of the container whose first process is `init`.
-pub fn of_container(init: i32) -> Result<Vec<Process>, ProcessError> {
-    let cgroup = fs::read_to_string(format!("/proc/{init}/cgroup")).map_err(|_| ProcessError::Gone(init))?;
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+/// The cgroup folder of a process, unless that is the hierarchy's root. `None` as well if the process is gone.
+pub(crate) fn folder_of(pid: i32) -> Option<PathBuf> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let root = Path::new("/sys/fs/cgroup");
     let unified = root.join("cgroup.controllers").exists();
-    let folder = cgroup_folder(&cgroup, root, unified);
-    let shared = folder == cgroup_folder(&own, root, unified);
-    let pids = match folder {
-        Some(folder) if !shared && folder != root => {
+    cgroup_folder(&text, root, unified).filter(|folder| folder != root)
+}
+
+/// The cgroup folder that the container whose first process is `init` has to itself. `None` if it shares this program's.
+pub fn own_cgroup(init: i32) -> Option<PathBuf> {
+    let folder = folder_of(init)?;
+    (Some(&folder) != folder_of(std::process::id() as i32).as_ref()).then_some(folder)
+}
+
+/// The processes of the container whose first process is `init`.
+pub fn of_container(init: i32) -> Result<Vec<Process>, ProcessError> {
+    if !Path::new(&format!("/proc/{init}")).exists() {
+        return Err(ProcessError::Gone(init));
+    }
+    let pids = match own_cgroup(init) {
+        Some(folder) => {
             let mut pids = Vec::new();
             members(&folder, &mut pids)?;
             pids
         }
-        _ => descendants(init),
+        None => descendants(init),
     };
     let mut processes: Vec<_> = pids.into_iter().filter_map(describe).collect();
     processes.sort_by_key(|p| p.pid);

@@ -12,7 +12,7 @@ use std::sync::{Mutex, Once};
 use std::thread;
 use std::time::Duration;
 
-use phos_protocol::message::{Message, failure};
+use phos_protocol::message::{Message, Timings, failure};
 use phos_protocol::{Connection, TransportError, VERSION, paths};
 
 use crate::cuda::{SUCCESS, Status};
@@ -189,6 +189,22 @@ fn report(connection: &Connection, failure: Failure) {
     }
 }
 
+/// Talks to a host while parked. `None`: it hung up, and the process is parked as before.
+fn asleep(connection: &Connection) -> Result<Option<Timings>, Failure> {
+    loop {
+        match connection.receive() {
+            Ok((Message::Trim, _)) => {
+                let bytes = prefault::trim();
+                connection.send(&Message::Trimmed { bytes }, &[])?;
+            }
+            Ok((Message::Attach { handles }, _)) => return attach(connection, handles).map(Some),
+            Ok(_) => return Err(Failure::Answer(failure::PROTOCOL, "unexpected message".into())),
+            Err(TransportError::Closed) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
 /// Knocks until the host has given everything back.
 fn wait_for_host(folder: &Path) {
     let door = folder.join(paths::HOST_SOCKET);
@@ -212,14 +228,15 @@ fn wait_for_host(folder: &Path) {
         let result = (|| {
             connection.set_timeout(Some(SILENCE))?;
             connection.send(&greeting(true), &[])?;
-            attach(&connection)
+            asleep(&connection)
         })();
         CONVERSATION.store(-1, Ordering::Relaxed);
         match result {
-            Ok(timings) => {
+            Ok(Some(timings)) => {
                 let _ = connection.send(&Message::Attached(timings), &[]);
                 return;
             }
+            Ok(None) => {}
             Err(failure) => report(&connection, failure),
         }
     }

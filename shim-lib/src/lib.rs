@@ -35,6 +35,7 @@ mod small;
 mod streams;
 mod table;
 mod thread_slot;
+mod trim;
 mod vmm;
 
 /// Prints a line to standard error if `PHOS_LOG` is set; otherwise this library is silent.

@@ -322,11 +322,11 @@ fn forget(table: &mut Table) {
 
 /// Receives the fds again, maps everything where it was and opens the gate. On failure the process is parked as before,
 /// and can be attached by another conversation.
-pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
+pub fn attach(connection: &Connection, handles: u64) -> Result<Timings, Failure> {
     relax_capture();
     let begin = Instant::now();
     let mut table = table::lock();
-    let result = receive_all(connection, &mut table).and_then(|()| {
+    let result = receive_all(connection, handles, &mut table).and_then(|()| {
         let transferred = Instant::now();
         map_again(&mut table).map(|()| transferred)
     });
@@ -348,12 +348,9 @@ pub fn attach(connection: &Connection) -> Result<Timings, Failure> {
     })
 }
 
-/// Receives the fd of every allocation.
-fn receive_all(connection: &Connection, table: &mut Table) -> Result<(), Failure> {
+/// Receives the fd of every one of the `handles` allocations.
+fn receive_all(connection: &Connection, handles: u64, table: &mut Table) -> Result<(), Failure> {
     let protocol = |text: &str| Failure::Answer(failure::PROTOCOL, text.into());
-    let Message::Attach { handles } = connection.receive()?.0 else {
-        return Err(protocol("expected Attach"));
-    };
     if handles != table.physical.len() as u64 {
         let text = format!("{handles} allocations offered, {} were parked", table.physical.len());
         return Err(protocol(&text));

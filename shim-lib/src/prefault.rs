@@ -25,6 +25,8 @@ struct Pool {
 }
 
 static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+/// What the driver was answered with. It is the driver's until its restore.
+static GIVEN: Mutex<Option<Pool>> = Mutex::new(None);
 /// Whether the driver may be answered from the pool: from park to attach.
 static ARMED: AtomicBool = AtomicBool::new(false);
 /// Bytes the driver asked for last; 0: it has not asked yet.
@@ -83,6 +85,7 @@ fn take(len: usize) -> Option<usize> {
         return None;
     }
     unmap(at + len, have - len);
+    *GIVEN.lock().unwrap_or_else(|e| e.into_inner()) = Some(Pool { at, len });
     Some(at)
 }
 
@@ -149,11 +152,22 @@ pub fn arm() {
     ARMED.store(true, Ordering::Release);
 }
 
+/// The driver has saved its state and is away: gives back the part of it that is zeros. Returns its bytes.
+pub fn trim() -> u64 {
+    let given = GIVEN.lock().unwrap_or_else(|e| e.into_inner());
+    match &*given {
+        // SAFETY: mapped by `prepare` and the driver's alone, which unmaps it at its restore: that comes after this.
+        Some(Pool { at, len }) => unsafe { crate::trim::trim(*at, *len) },
+        None => 0,
+    }
+}
+
 /// The program runs again, or there will be no checkpoint: what is left of the pool goes back to the system.
 pub fn disarm() {
     if ARMED.swap(false, Ordering::AcqRel) && WANTED.load(Ordering::Relaxed) == 0 {
         USELESS.store(true, Ordering::Relaxed);
     }
+    GIVEN.lock().unwrap_or_else(|e| e.into_inner()).take();
     if let Some(Pool { at, len }) = pool().take() {
         unmap(at, len);
     }

@@ -34,11 +34,12 @@ use super::wake::{Sleeper, Woken, wake};
 use crate::copy::{self, Ledger, Quiesced};
 use crate::device::Device;
 use crate::error::EngineError;
+use crate::freezer::Freezer;
 use crate::image::{ImageWriter, ParentEntry};
 use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Packet, Phase, Wire};
 use crate::lower;
-use crate::peer::ControlDir;
+use crate::peer::{AttachListener, ControlDir};
 use crate::plan::{self, CopyPlan};
 use crate::progress::Progress;
 use crate::service::LowerOutput;
@@ -51,6 +52,9 @@ const FREEZER_ATTEMPTS: u32 = 10;
 
 /// How long memory is watched to see how fast it changes.
 const WATCH: Duration = Duration::from_millis(100);
+
+/// Longest wait for processes that may give memory back before they are dumped.
+const TRIM: Duration = Duration::from_secs(1);
 
 /// Name of what concerns the container as a whole, in timelines.
 const ENGINE: &str = "engine";
@@ -397,7 +401,38 @@ impl Checkpoint<'_> {
             Ok(())
         })?;
         self.report.driver_checkpoint_ms = ms(begin.elapsed());
+        self.trim();
         Ok(())
+    }
+
+    /// Has the libraries give back what the driver saved as zeros. What does not work costs time, and nothing else.
+    fn trim(&mut self) {
+        let begin = Instant::now();
+        let parked = self.subjects.iter().map(|s| &s.kept).filter(|p| p.has_library);
+        let mut expected: Vec<_> = parked.map(|p| (p.pid, p.own_pid)).collect();
+        let Some(listener) = self.control.as_ref().and_then(|c| AttachListener::bind(c).ok()) else { return };
+        let mut libraries = Vec::new();
+        while !expected.is_empty() {
+            match listener.accept(&expected, begin + TRIM) {
+                Ok(library) => {
+                    expected.retain(|(pid, _)| *pid != library.pid);
+                    libraries.push(library);
+                }
+                Err(e) => {
+                    tracing::warn!(error = %e, "not trimmed");
+                    break;
+                }
+            }
+        }
+        match all(&mut libraries, |library| Ok(library.trim()?)) {
+            Ok(bytes) => self.report.trimmed_bytes = bytes.into_iter().sum(),
+            Err(e) => tracing::warn!(error = %e, "not trimmed"),
+        }
+        // The door goes before the conversations end, so that nobody knocks again while CRIU looks.
+        drop(listener);
+        drop(libraries);
+        self.report.trim_ms = ms(begin.elapsed());
+        self.progress.span("trim", ENGINE, begin, begin.elapsed());
     }
 
     /// Closes every gate, then takes everything over. Until the second half, dropping the conversations
@@ -443,7 +478,17 @@ impl Checkpoint<'_> {
         }
         self.progress.step("dump", 0);
         let begin = Instant::now();
-        self.lower = lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower())?;
+        let freezer = (!self.frozen).then(|| Freezer::of(self.job.init_pid)).flatten();
+        let output = match freezer {
+            Some(freezer) => {
+                freezer.freeze();
+                let output = lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower());
+                freezer.thaw();
+                output
+            }
+            None => lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower()),
+        };
+        self.lower = output?;
         self.report.criu_ms = ms(begin.elapsed());
         self.progress.span("CRIU", ENGINE, begin, begin.elapsed());
         if self.lower.status != 0 {

@@ -23,6 +23,10 @@
 //! while parked: the host listens on  <control dir>/host.sock, the library tries to connect every millisecond
 //!
 //!                                  ◄───────  HelloAck
+//!   Trim                           ───────►                      the driver has saved its state
+//!                                  ◄───────  Trimmed             (both sides close; the library knocks again)
+//!
+//!                                  ◄───────  HelloAck
 //!   Attach { handles }             ───────►
 //!   Entries* (id and fd)           ───────►
 //!                                  ◄───────  Attached            mapped again, gate open, listener back
@@ -39,7 +43,7 @@ pub use message::{Entry, Message, Summary, Timings};
 pub use transport::{Connection, TransportError};
 
 /// Version of this protocol. Both sides refuse any other.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// Largest packet in bytes that either side sends or accepts.
 pub const MAX_PACKET: usize = 32 * 1024;

@@ -164,6 +164,13 @@ pub enum Message {
     Taken,
     /// Library: nothing of the table is mapped or held by the process any more.
     Parked(Timings),
+    /// Host, to a parked process: the driver has saved its state. What of it is zeros may go back to the system.
+    Trim,
+    /// Library: the answer to `Trim`.
+    Trimmed {
+        /// Bytes that went back.
+        bytes: u64,
+    },
     /// Host: the driver's state is back; `handles` entries with fds follow.
     Attach {
         /// Number of entries that follow; must be the number alive at park.
@@ -353,6 +360,11 @@ impl Message {
                 w.u16(13);
                 w.timings(t);
             }
+            Message::Trim => w.u16(15),
+            Message::Trimmed { bytes } => {
+                w.u16(16);
+                w.u64(*bytes);
+            }
             Message::Failed { code, text } => {
                 w.u16(14);
                 w.u32(*code);
@@ -408,6 +420,8 @@ impl Message {
             12 => Message::Attach { handles: r.u64()? },
             13 => Message::Attached(r.timings()?),
             14 => Message::Failed { code: r.u32()?, text: r.text()? },
+            15 => Message::Trim,
+            16 => Message::Trimmed { bytes: r.u64()? },
             kind => return Err(DecodeError::Kind(kind)),
         };
         match r.0.len() {
@@ -453,6 +467,8 @@ mod tests {
             Message::TableEnd { generation: 8, live: 2 },
             Message::Taken,
             Message::Parked(timings),
+            Message::Trim,
+            Message::Trimmed { bytes: 4096 },
             Message::Attach { handles: 3 },
             Message::Attached(timings),
             Message::Failed { code: failure::BUSY, text: "kernel ✓".into() },
