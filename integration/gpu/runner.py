@@ -335,15 +335,15 @@ def sample(args):
 
 def copy(args):
     """The copy pipeline by itself."""
-    for gb, folder in ((args.gb or [16.0])[0], f"{WORK}/copy"), (4.0, os.path.join(args.disk, "phos-copy")):
-        done = subprocess.run([f"{BIN}/copy-bench", "--gb", str(gb), "--folder", folder], stdout=subprocess.PIPE, text=True, timeout=280)
-        for line in done.stdout.splitlines():
-            row = json.loads(line)
-            row.update(commit=COMMIT, date=datetime.date.today().isoformat())
-            row["note"] = row["note"].replace(folder, "tmpfs" if folder.startswith(WORK) else "disk")
-            rows.append(row)
-        if done.returncode:
-            raise RuntimeError(f"copy-bench ended with {done.returncode}")
+    folders = f"{WORK}/copy", os.path.join(args.disk, "phos-copy")
+    words = [f"{BIN}/copy-bench", "--gb", str((args.gb or [8.0])[0]), "--sweep"] + [w for f in folders for w in ("--folder", f)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=280)
+    for line in done.stdout.splitlines():
+        row = json.loads(line)
+        row.update(commit=COMMIT, date=datetime.date.today().isoformat())
+        rows.append(row)
+    if done.returncode:
+        raise RuntimeError(f"copy-bench ended with {done.returncode}")
 
 
 def overhead(args):

@@ -6,16 +6,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Barrier, RwLock};
-use std::{env, thread};
+use std::sync::{Arc, Barrier, LazyLock, RwLock};
+use std::{env, fs, thread};
 
-use phos_engine::copy::{Ledger, Session};
+use phos_engine::copy::{self, Session, Tuning};
 use phos_engine::device::{Device, Region, cuda};
-use phos_engine::image::{
-    Allocation, CHUNK, DriverEntry, GpuEntry, Image, ImageWriter, IndexEntry, Manifest, ProcessEntry, VERSION,
-};
+use phos_engine::image::{CHUNK, Image, ImageWriter, data_file};
 use phos_engine::progress::Progress;
-use phos_integration::tools;
+use phos_integration::{memory, tools};
 
 const CHUNKS: usize = 4;
 const BLOCKS: usize = 2;
@@ -29,41 +27,6 @@ fn words(regions: &[Region]) -> Vec<&[AtomicU64]> {
         // SAFETY: mapped for as long as the region lives, and only ever accessed as atomics and by the engine.
         .map(|r| unsafe { slice::from_raw_parts(r.address as *const AtomicU64, SIZE / 8) })
         .collect()
-}
-
-fn manifest(device: &dyn Device, regions: &[Region]) -> Manifest {
-    let info = device.gpus().unwrap().remove(0);
-    let allocation = |(n, r): (usize, &Region)| Allocation {
-        process: 0,
-        id: n as u64,
-        gpu: 0,
-        address: r.address,
-        size: SIZE as u64,
-        class: 0,
-        flags: 0,
-        first_chunk: (n * CHUNKS) as u64,
-    };
-    Manifest {
-        version: VERSION,
-        features: vec![],
-        made_by: "test".into(),
-        created: 0,
-        container: "c".into(),
-        driver: DriverEntry { version: 0, release: String::new() },
-        lower_runtime: String::new(),
-        criu: String::new(),
-        chunk_size: CHUNK as u64,
-        digest: phos_digest::NAME.into(),
-        gpus: vec![GpuEntry { uuid: info.id, name: info.name, total_bytes: info.total }],
-        processes: vec![ProcessEntry { pid: 1, command: "p".into(), has_library: true }],
-        allocations: regions.iter().enumerate().map(allocation).collect(),
-        files: vec![],
-        index: IndexEntry { size: 0, digest: String::new() },
-        parent: None,
-        library: None,
-        warnings: vec![],
-        effective_spec: serde_json::Value::Null,
-    }
 }
 
 /// Writes to random places, with bursts over a whole chunk now and then.
@@ -106,38 +69,45 @@ fn read(folder: &Path) -> Vec<u8> {
     all
 }
 
+/// The simulated driver.
+fn device() -> Arc<dyn Device> {
+    static DEVICE: LazyLock<Arc<dyn Device>> = LazyLock::new(|| {
+        // SAFETY: set before this process loads a driver; no other test reads the environment.
+        unsafe { env::set_var(cuda::LIBCUDA_ENV, tools::built("libsimcuda.so").unwrap()) };
+        cuda::open().unwrap()
+    });
+    DEVICE.clone()
+}
+
 /// Makes `count` checkpoints; returns how many are not what the memory was. `validate`: whether what was copied while
 /// the writers wrote is compared with what is there when they stand still.
 fn torn(count: usize, validate: bool) -> usize {
-    // SAFETY: set before this process loads a driver or starts a thread that reads the environment.
-    unsafe { env::set_var(cuda::LIBCUDA_ENV, tools::built("libsimcuda.so").unwrap()) };
-    let device = cuda::open().unwrap();
-    let gpu = device.gpus().unwrap()[0].id;
-    let regions: Vec<_> = (0..BLOCKS).map(|_| device.allocate(gpu, SIZE as u64).unwrap()).collect();
-    let memory = words(&regions);
+    let device = device();
+    let gpu = memory::first_gpu(device.as_ref()).unwrap();
+    let regions: Vec<_> = (0..BLOCKS).map(|_| device.allocate(gpu.id, SIZE as u64).unwrap()).collect();
+    let words = words(&regions);
     let (gate, done, ready) = (RwLock::new(()), AtomicBool::new(false), Barrier::new(WRITERS + 1));
     let progress = Progress::default();
+    // Pieces of two chunks, so that both threads have something to do.
+    let tuning = Tuning { lanes: 2, piece: 2 * CHUNK };
     thread::scope(|scope| {
         for n in 0..WRITERS {
-            let (memory, gate, done, ready) = (&memory, &gate, &done, &ready);
+            let (words, gate, done, ready) = (&words, &gate, &done, &ready);
             scope.spawn(move || {
                 ready.wait();
-                scribble(memory, 0x9e37_79b9 + n as u64, gate, done);
+                scribble(words, 0x9e37_79b9 + n as u64, gate, done);
             });
         }
         ready.wait();
         let mut torn = 0;
         for n in 0..count {
             let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-            let mut ledger = Ledger::default();
-            for (id, r) in regions.iter().enumerate() {
-                ledger.add((0, id as u64), gpu, r.address, SIZE as u64);
-            }
+            let ledger = memory::ledger(&regions, SIZE as u64);
             let writer = ImageWriter::create(folder.path(), 2).unwrap();
-            let mut session = Session::prepare(device.as_ref(), &progress, writer, 2, ledger).unwrap();
+            let mut session = Session::prepare(device.as_ref(), &progress, writer, tuning, ledger).unwrap();
             // No spare memory, too little of it, enough.
             let spare = [0, 3 * CHUNK, BLOCKS * SIZE][n % 3] as u64;
-            session.allocate_spare(&BTreeMap::from([(gpu, spare)])).unwrap();
+            session.allocate_spare(&BTreeMap::from([(gpu.id, spare)])).unwrap();
             for _ in 0..n % 4 {
                 let chunks = session.dirty().unwrap();
                 session.round(&chunks).unwrap();
@@ -149,12 +119,12 @@ fn torn(count: usize, validate: bool) -> usize {
                 let unsaved = session.ledger.unsaved();
                 session.take(&unsaved).unwrap();
             }
-            let expected = contents(&memory);
+            let expected = contents(&words);
             drop(standing_still);
             session.drain().unwrap();
             let (writer, ledger) = session.finish();
             let table = ledger.all().into_iter().map(|c| ledger.saved(c)).collect();
-            writer.commit(manifest(device.as_ref(), &regions), table).unwrap();
+            writer.commit(memory::manifest(&gpu, &regions, SIZE as u64), table).unwrap();
             torn += usize::from(read(folder.path()) != expected);
         }
         done.store(true, Ordering::Relaxed);
@@ -168,4 +138,57 @@ fn no_chunk_is_torn_however_much_is_written_meanwhile() {
     // The test can fail: without validation, most images that were pre-copied are wrong.
     let without = torn(40, false);
     assert!(without >= 10, "{without} of 40 images wrong without validation");
+}
+
+/// Loads an image as a restore does; what is on the GPU then.
+fn loaded(device: &dyn Device, folder: &Path, tuning: Tuning) -> Result<Vec<u8>, String> {
+    let image = Image::open(folder).unwrap();
+    let regions = copy::regions(&image);
+    let mut allocated = false;
+    let result = copy::load(device, &image, &regions, tuning, &Progress::default(), || allocated = true);
+    result.map_err(|e| e.to_string())?;
+    assert!(allocated);
+    let regions: Vec<_> = regions.into_iter().map(|r| r.into_inner().unwrap()).collect();
+    Ok(contents(&words(&regions)))
+}
+
+#[test]
+fn what_is_loaded_is_what_was_saved_or_it_is_refused() {
+    let device = device();
+    let gpu = memory::first_gpu(device.as_ref()).unwrap();
+    let regions: Vec<_> = (0..BLOCKS).map(|_| device.allocate(gpu.id, SIZE as u64).unwrap()).collect();
+    for (block, words) in words(&regions).iter().enumerate() {
+        // Every third chunk stays zero.
+        let ones = words.chunks(CHUNK / 8).enumerate().filter(|(n, _)| (n + block) % 3 != 0);
+        ones.flat_map(|(_, chunk)| chunk)
+            .enumerate()
+            .for_each(|(n, w)| w.store(n as u64 * 3 + 1, Ordering::Relaxed));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let writer = ImageWriter::create(folder.path(), 2).unwrap();
+    let progress = Progress::default();
+    let tuning = Tuning { lanes: 2, piece: 2 * CHUNK };
+    let ledger = memory::ledger(&regions, SIZE as u64);
+    let mut session = Session::prepare(device.as_ref(), &progress, writer, tuning, ledger).unwrap();
+    session.quiesce().unwrap();
+    let (writer, ledger) = session.finish();
+    let table = ledger.all().into_iter().map(|c| ledger.saved(c)).collect();
+    writer.commit(memory::manifest(&gpu, &regions, SIZE as u64), table).unwrap();
+    let expected = contents(&words(&regions));
+    for piece in [CHUNK, 3 * CHUNK, 8 << 20] {
+        assert!(loaded(device.as_ref(), folder.path(), Tuning { lanes: 3, piece }).unwrap() == expected);
+    }
+    // One bit anywhere, and nothing is handed on.
+    for file in [0, 1].map(|n| folder.path().join(data_file(n))) {
+        let good = fs::read(&file).unwrap();
+        for at in [0, good.len() / 2, good.len() - 1] {
+            let mut bad = good.clone();
+            bad[at] ^= 1;
+            fs::write(&file, &bad).unwrap();
+            let error = loaded(device.as_ref(), folder.path(), tuning).unwrap_err();
+            assert!(error.contains(file.to_str().unwrap()) && error.contains("another digest"), "{error}");
+        }
+        fs::write(&file, &good).unwrap();
+    }
+    loaded(device.as_ref(), folder.path(), tuning).unwrap();
 }

@@ -12,9 +12,9 @@ use crate::image::{CHUNK, Digest, Saved, Sink};
 use crate::progress::Progress;
 
 /// Bytes moved by one copy. Two buffers of this size per thread keep link and file busy at the same time.
-pub const PIECE: usize = 8 << 20;
-/// Chunks in a piece.
-const MOST: usize = PIECE / CHUNK;
+const PIECE: usize = 8 << 20;
+/// Bytes moved by one copy to the GPU. Page-locked memory is slow to allocate, and a restore waits for it.
+const LOAD_PIECE: usize = 2 << 20;
 /// More threads than this no longer raise the rate (FACTS: a file system's own limit comes first).
 const MOST_LANES: usize = 12;
 
@@ -23,13 +23,36 @@ pub fn lane_count() -> usize {
     thread::available_parallelism().map_or(2, |n| n.get()).clamp(1, MOST_LANES)
 }
 
+/// How the work is spread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
+    /// Threads.
+    pub lanes: usize,
+    /// Bytes of each of a thread's two buffers, a multiple of the chunk size.
+    pub piece: usize,
+}
+
+impl Tuning {
+    /// What suits loading an image.
+    pub fn to_load() -> Self {
+        Tuning { lanes: lane_count(), piece: LOAD_PIECE }
+    }
+}
+
+/// So many threads, with what suits saving.
+impl From<usize> for Tuning {
+    fn from(lanes: usize) -> Self {
+        Tuning { lanes, piece: PIECE }
+    }
+}
+
 /// Page-locked buffers for one thread, each for a piece.
 pub struct Ring(pub [Box<dyn Pinned>; 2]);
 
 impl Ring {
     /// Allocates them.
-    pub fn allocate(device: &dyn Device) -> Result<Self, DeviceError> {
-        Ok(Ring([device.pinned(PIECE)?, device.pinned(PIECE)?]))
+    pub fn allocate(device: &dyn Device, piece: usize) -> Result<Self, DeviceError> {
+        Ok(Ring([device.pinned(piece)?, device.pinned(piece)?]))
     }
 }
 
@@ -37,13 +60,16 @@ impl Ring {
 pub struct Lanes<'a> {
     device: &'a dyn Device,
     rings: Vec<Ring>,
+    /// Chunks in a piece.
+    most: usize,
 }
 
 impl<'a> Lanes<'a> {
-    /// Allocates the buffers for `lanes` threads.
-    pub fn allocate(device: &'a dyn Device, lanes: usize) -> Result<Self, DeviceError> {
-        let rings = (0..lanes).map(|_| Ring::allocate(device)).collect::<Result<_, _>>()?;
-        Ok(Lanes { device, rings })
+    /// Allocates the buffers.
+    pub fn allocate(device: &'a dyn Device, tuning: Tuning) -> Result<Self, DeviceError> {
+        let rings =
+            (0..tuning.lanes).map(|_| Ring::allocate(device, tuning.piece)).collect::<Result<_, _>>()?;
+        Ok(Lanes { device, rings, most: tuning.piece / CHUNK })
     }
 
     /// Copies chunks. Their owner may write to them at any time: the digest is that of the bytes which were saved.
@@ -54,7 +80,7 @@ impl<'a> Lanes<'a> {
         chunks: &[ChunkRef],
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
-        let batches = ledger.batches(chunks, MOST);
+        let batches = ledger.batches(chunks, self.most);
         self.run(sink, ledger, chunks, &batches, &[], progress)
     }
 
@@ -66,7 +92,7 @@ impl<'a> Lanes<'a> {
         spare: &super::Spare,
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
-        let (chunks, batches) = spare.batches(MOST);
+        let (chunks, batches) = spare.batches(self.most);
         self.run(sink, ledger, &chunks, &batches, &spare.digests(), progress)
     }
 

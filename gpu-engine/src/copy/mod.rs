@@ -6,6 +6,7 @@
 //! Spare    memory on the GPUs that keeps chunks as they were when the program stood still
 //! Lanes    threads that move chunks to the image: GPU → page-locked buffers → files
 //! Session  one checkpoint: rounds while the program runs, what is left when it stands still, the drain
+//! load     the way back: files → page-locked buffers → GPU, proven there
 //! ```
 //!
 //! While a program runs, a chunk is copied to a page-locked buffer and digested there: whatever the program did
@@ -18,12 +19,14 @@
 
 mod lanes;
 mod ledger;
+mod load;
 mod scan;
 mod session;
 mod spare;
 
-pub use lanes::{Lanes, PIECE, Ring, lane_count};
+pub use lanes::{Lanes, Ring, Tuning, lane_count};
 pub use ledger::{Block, BlockId, ChunkRef, Ledger};
+pub use load::{Regions, load, regions};
 pub use scan::Scanner;
 pub use session::{Quiesced, Session};
 pub use spare::Spare;

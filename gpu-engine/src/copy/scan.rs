@@ -73,22 +73,26 @@ impl Scanner {
         for block in ledger.blocks().values() {
             *counts.entry(block.gpu).or_default() += block.chunks.len();
         }
+        counts.values_mut().for_each(|count| *count += *count / 8);
+        self.reserve(device, &counts)
+    }
+
+    /// Makes room for lists of so many chunks on each GPU.
+    pub fn reserve(
+        &mut self,
+        device: &dyn Device,
+        counts: &BTreeMap<GpuId, usize>,
+    ) -> Result<(), DeviceError> {
         for (gpu, count) in counts {
-            self.list(device, gpu, count + count / 8, count)?;
+            self.list(device, *gpu, *count)?;
         }
         Ok(())
     }
 
-    /// The GPU's list with room for `least`; if it has to be made, with room for `want`.
-    fn list(
-        &mut self,
-        device: &dyn Device,
-        gpu: GpuId,
-        want: usize,
-        least: usize,
-    ) -> Result<&mut List, DeviceError> {
-        if self.lists.get(&gpu).is_none_or(|l| l.capacity < least) {
-            self.lists.insert(gpu, List::allocate(device, gpu, want.max(least))?);
+    /// The GPU's list, with room for `count`.
+    fn list(&mut self, device: &dyn Device, gpu: GpuId, count: usize) -> Result<&mut List, DeviceError> {
+        if self.lists.get(&gpu).is_none_or(|l| l.capacity < count) {
+            self.lists.insert(gpu, List::allocate(device, gpu, count)?);
         }
         self.lists.get_mut(&gpu).ok_or(DeviceError::NoSuchGpu(gpu))
     }
@@ -115,13 +119,13 @@ impl Scanner {
         lists: &Addresses,
     ) -> Result<BTreeMap<GpuId, Vec<Digest>>, DeviceError> {
         for (gpu, addresses) in lists {
-            let list = self.list(device, *gpu, addresses.len(), addresses.len())?;
+            let list = self.list(device, *gpu, addresses.len())?;
             list.upload(addresses)?;
             list.stream.digest(list.on_gpu.address, addresses.len() as u64, list.digests.as_mut())?;
         }
         let mut results = BTreeMap::new();
         for (gpu, addresses) in lists {
-            let list = self.list(device, *gpu, addresses.len(), addresses.len())?;
+            let list = self.list(device, *gpu, addresses.len())?;
             list.stream.wait()?;
             let bytes = list.digests.bytes().chunks_exact(DIGEST).take(addresses.len());
             results.insert(*gpu, bytes.map(|d| Digest::from_bytes(std::array::from_fn(|i| d[i]))).collect());
@@ -138,7 +142,7 @@ impl Scanner {
         addresses: &[u64],
         places: &[(u64, usize)],
     ) -> Result<(), DeviceError> {
-        let list = self.list(device, gpu, addresses.len(), addresses.len())?;
+        let list = self.list(device, gpu, addresses.len())?;
         list.upload(addresses)?;
         let mut done = 0;
         for (place, room) in places {

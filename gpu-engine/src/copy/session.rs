@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Tuning};
 use super::ledger::{ChunkRef, Ledger};
 use super::scan::Scanner;
 use super::spare::Spare;
@@ -47,15 +47,15 @@ fn bytes(chunks: &[ChunkRef]) -> u64 {
 }
 
 impl<'a, S: Sink> Session<'a, S> {
-    /// Allocates the buffers of `lanes` threads.
+    /// Allocates the threads' buffers.
     pub fn prepare(
         device: &'a dyn Device,
         progress: &'a Progress,
         sink: S,
-        lanes: usize,
+        tuning: impl Into<Tuning>,
         ledger: Ledger,
     ) -> Result<Self, DeviceError> {
-        let lanes = Lanes::allocate(device, lanes)?;
+        let lanes = Lanes::allocate(device, tuning.into())?;
         Ok(Session {
             device,
             progress,

@@ -9,8 +9,8 @@ use super::chunks::ChunkTable;
 use super::manifest::MAX_BYTES;
 use super::writer::hex;
 use super::{
-    Allocation, CHUNK, FEATURE_PARENT, FEATURE_PRE_DUMP, INDEX, ImageError, Location, MANIFEST, Manifest,
-    Saved, VERSION,
+    Allocation, CHUNK, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, INDEX, ImageError, Location, MANIFEST,
+    Manifest, Saved, VERSION,
 };
 
 /// Longest chain of images that build on each other.
@@ -196,27 +196,44 @@ impl Image {
         extents
     }
 
-    /// Reads an extent into the first `count` chunks of `into` and checks every chunk's digest.
-    pub fn read(&self, extent: &Extent, into: &mut [u8]) -> Result<(), ImageError> {
+    /// Reads an extent into the first `count` chunks of `into`. Whoever uses the bytes checks their digests.
+    pub fn fetch(&self, extent: &Extent, into: &mut [u8]) -> Result<(), ImageError> {
         let into = &mut into[..extent.count as usize * CHUNK];
-        let path = match extent.location {
-            Location::Zero => {
-                into.fill(0);
-                self.folder.join(INDEX)
-            }
+        match extent.location {
+            Location::Zero => into.fill(0),
             Location::File { file, offset } => {
                 let DataFile { file, path, .. } = &self.files[file as usize];
                 file.read_exact_at(into, offset).map_err(|e| ImageError::io(path, e))?;
-                path.clone()
-            }
-        };
-        for (i, chunk) in into.chunks_exact(CHUNK).enumerate() {
-            let n = extent.first + i as u64;
-            if phos_digest::digest(chunk) != self.table.0[n as usize].0 {
-                return Err(ImageError::Damaged { path, what: format!("chunk {n} has another digest") });
             }
         }
         Ok(())
+    }
+
+    /// Reads an extent into the first `count` chunks of `into` and checks every chunk's digest.
+    pub fn read(&self, extent: &Extent, into: &mut [u8]) -> Result<(), ImageError> {
+        self.fetch(extent, into)?;
+        let chunks = into.chunks_exact(CHUNK).take(extent.count as usize);
+        self.compare(extent.first, chunks.map(phos_digest::digest))
+    }
+
+    /// Compares an allocation's digests with the image's.
+    pub fn check(&self, allocation: &Allocation, found: &[Digest]) -> Result<(), ImageError> {
+        self.compare(allocation.first_chunk, found.iter().copied())
+    }
+
+    /// Compares digests of chunks from number `first` on with the table's.
+    fn compare(&self, first: u64, found: impl Iterator<Item = Digest>) -> Result<(), ImageError> {
+        let wanted = &self.table.0[first as usize..];
+        match found.zip(wanted).zip(first..).find(|((found, (digest, _)), _)| found != digest) {
+            None => Ok(()),
+            Some(((_, (_, location)), n)) => {
+                let path = match *location {
+                    Location::Zero => self.folder.join(INDEX),
+                    Location::File { file, .. } => self.files[file as usize].path.clone(),
+                };
+                Err(ImageError::Damaged { path, what: format!("chunk {n} has another digest") })
+            }
+        }
     }
 
     /// Reads everything and checks it; returns the bytes stored in data files.

@@ -3,7 +3,6 @@
 
 mod checkpoint;
 mod folder;
-mod load;
 mod recover;
 mod restore;
 mod save;
@@ -52,7 +51,7 @@ pub enum WorkerError {
 /// What the service's requests act on.
 struct Worker {
     wire: Wire,
-    progress: Progress,
+    progress: Arc<Progress>,
     restore: Mutex<Option<restore::Restore>>,
     /// The foreground has its answer.
     answered: Notify,
@@ -100,7 +99,7 @@ impl Handler for Worker {
 
     fn restore(&self, job: RestoreJob) -> Result<(), String> {
         tracing::info!(container = job.container, image = %job.image.display(), "restore");
-        let result = restore::Restore::prepare(job).map(|prepared| {
+        let result = restore::Restore::prepare(job, self.progress.clone()).map(|prepared| {
             *lock(&self.restore) = Some(prepared);
         });
         if let Err(e) = &result {
@@ -154,7 +153,7 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
     }
     let worker = Arc::new(Worker {
         wire,
-        progress: Progress::default(),
+        progress: Arc::default(),
         restore: Mutex::new(None),
         answered: Notify::new(),
         over: Notify::new(),

@@ -2,16 +2,16 @@
 //! state comes back, the memory is attached and the gates open.
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use phos_protocol::message::Entry;
 
-use super::load::load;
 use super::save::library_entry;
 use super::wake::{Sleeper, wake};
-use crate::device::{self, Device, DeviceError, Region};
+use crate::copy::{self, Regions, Tuning};
+use crate::device::{self, Device, DeviceError};
 use crate::error::EngineError;
 use crate::image::Image;
 use crate::job::{RestoreJob, RestoreReport};
@@ -26,8 +26,7 @@ pub struct Restore {
     device: Arc<dyn Device>,
     job: RestoreJob,
     image: Arc<Image>,
-    regions: Arc<Vec<Region>>,
-    began: Instant,
+    regions: Arc<Regions>,
     loading: JoinHandle<Result<Duration, EngineError>>,
 }
 
@@ -87,31 +86,40 @@ fn check(image: &Image, job: &RestoreJob, device: &dyn Device) -> Result<(), Eng
     })
 }
 
+/// What became of the loading.
+fn joined(loading: JoinHandle<Result<Duration, EngineError>>) -> Result<Duration, EngineError> {
+    loading.join().unwrap_or(Err(EngineError::Order("the load thread panicked")))
+}
+
 impl Restore {
-    /// Checks everything that could make the restore impossible, allocates, and begins to load.
-    pub fn prepare(job: RestoreJob) -> Result<Self, EngineError> {
+    /// Checks everything that could make the restore impossible, begins to load, and returns once all memory is allocated.
+    pub fn prepare(job: RestoreJob, progress: Arc<Progress>) -> Result<Self, EngineError> {
         let image = Arc::new(Image::open_complete(&job.image)?);
         let device: Arc<dyn Device> = device::cuda::open()?;
         check(&image, &job, device.as_ref())?;
-        let manifest = &image.manifest;
-        let mut regions = Vec::with_capacity(manifest.allocations.len());
-        for a in &manifest.allocations {
-            let gpu = manifest.gpus[a.gpu as usize].uuid;
-            regions.push(device.allocate(gpu, a.size)?);
-        }
-        let regions = Arc::new(regions);
-        let began = Instant::now();
+        let regions: Arc<Regions> = copy::regions(&image).into();
+        let (allocated, is_allocated) = mpsc::channel();
         let loading = {
             let (device, image, regions) = (device.clone(), image.clone(), regions.clone());
-            std::thread::spawn(move || load(&device, &image, &regions))
+            thread::spawn(move || {
+                let allocated = || {
+                    let _ = allocated.send(());
+                };
+                copy::load(device.as_ref(), &image, &regions, Tuning::to_load(), &progress, allocated)
+            })
         };
-        Ok(Restore { device, job, image, regions, began, loading })
+        match is_allocated.recv() {
+            Ok(()) => Ok(Restore { device, job, image, regions, loading }),
+            // It ended before that.
+            Err(_) => {
+                Err(joined(loading).err().unwrap_or(EngineError::Order("memory that is not allocated")))
+            }
+        }
     }
 
     /// The lower runtime has rebuilt the processes, `init_pid` first: gives them their GPU state back.
     pub fn attach(self, init_pid: i32, progress: &Progress) -> Result<RestoreReport, EngineError> {
         let manifest = &self.image.manifest;
-        progress.step("wake", 0);
         let restored = processes::of_container(init_pid)?;
         let mut sleepers = Vec::new();
         for (index, wanted) in manifest.processes.iter().enumerate() {
@@ -123,6 +131,7 @@ impl Restore {
                 .zip(self.regions.iter())
                 .filter(|(a, _)| a.process as usize == index)
                 .map(|(a, region)| {
+                    let region = region.get().ok_or(EngineError::Order("memory that is not allocated"))?;
                     let entry = Entry {
                         id: a.id,
                         device: region.gpu.0,
@@ -153,12 +162,11 @@ impl Restore {
             false => None,
         };
         let mut load_time = Duration::ZERO;
-        let (loading, began) = (self.loading, self.began);
+        let loading = self.loading;
         let woken =
             wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, progress, || {
-                let panicked = |_| Err(EngineError::Order("the load thread panicked"));
-                load_time = loading.join().unwrap_or_else(panicked)?;
-                progress.span("load", "copy", began, load_time);
+                load_time = joined(loading)?;
+                progress.step("wake", 0);
                 Ok(())
             })?;
         let ms = |d: Duration| d.as_secs_f64() * 1e3;
