@@ -111,6 +111,62 @@ fn memory_runs_out_as_it_does_without_the_library() {
 }
 
 #[test]
+fn allocations_of_middle_size_share_pieces() {
+    let app = Application::start().unwrap();
+    let held: Vec<u64> = (0..128).map(|_| app.alloc(4 * MIB)).collect();
+    held.iter().enumerate().for_each(|(n, a)| app.fill(*a, n as u32, 3));
+    let pieces = app.round_trip().unwrap().pieces();
+    assert!(pieces <= 128 / 4, "{pieces} pieces");
+    for (n, address) in held.into_iter().enumerate() {
+        assert_eq!(app.read(address, 3), [n as u32; 3]);
+        app.free(address);
+    }
+}
+
+/// A program that has freed half its memory, here and there, gets one large allocation out of it.
+#[test]
+fn memory_freed_in_pieces_is_had_again_as_a_whole() {
+    let app = Application::start().unwrap();
+    let before = free_bytes(&app);
+    let piece = 4 * MIB;
+    let mut held: Vec<u64> = (0..before * 5 / 8 / piece).map(|_| app.alloc(piece)).collect();
+    for (n, address) in held.iter().enumerate() {
+        app.fill(*address, n as u32, 3);
+    }
+    let kept: Vec<_> = held.iter().copied().enumerate().filter(|(n, _)| n % 2 == 0).collect();
+    held.iter().skip(1).step_by(2).for_each(|a| app.free(*a));
+    let large = before / 2;
+    assert!(free_bytes(&app) < large, "what was freed is between what is not");
+    let stop = AtomicBool::new(false);
+    let address = thread::scope(|scope| {
+        scope.spawn(|| {
+            app.use_device(0);
+            while !stop.load(Ordering::Relaxed) {
+                let own = app.alloc(5000);
+                app.fill(own, 9, 5);
+                assert_eq!(app.read(own, 5), [9; 5]);
+                app.free(own);
+            }
+        });
+        let address = app.alloc(large);
+        stop.store(true, Ordering::Relaxed);
+        address
+    });
+    app.fill(address + large as u64 - 4, 77, 1);
+    for _ in 0..2 {
+        for (n, address) in &kept {
+            assert_eq!(app.read(*address, 3), [*n as u32; 3]);
+            assert_eq!(attribute(&app, RANGE_SIZE, *address + 5), piece as u64);
+        }
+        assert_eq!(app.read(address + large as u64 - 4, 1), [77]);
+        app.round_trip().unwrap();
+    }
+    held = kept.into_iter().map(|(_, address)| address).chain([address]).collect();
+    held.drain(..).for_each(|a| app.free(a));
+    assert_eq!(free_bytes(&app), before, "everything is given back");
+}
+
+#[test]
 fn a_hundred_thousand_small_ones_are_few_pieces_and_threads_go_on() {
     let app = Application::start().unwrap();
     const COUNT: usize = 100_000;

@@ -215,6 +215,8 @@ api! {
     alloc_host = "cuMemAllocHost_v2"(*mut *mut c_void, usize);
     host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, u32);
     free = "cuMemFree_v2"(DevicePtr);
+    copy = "cuMemcpyDtoD_v2"(DevicePtr, DevicePtr, usize);
+    memory_info = "cuMemGetInfo_v2"(*mut usize, *mut usize);
     address_range = "cuMemGetAddressRange_v2"(*mut DevicePtr, *mut usize, DevicePtr);
     pointer_attribute = "cuPointerGetAttribute"(*mut c_void, u32, DevicePtr);
     pointer_attributes = "cuPointerGetAttributes"(u32, *const u32, *mut *mut c_void, DevicePtr);

@@ -192,23 +192,36 @@ fn barrier() {
     }
 }
 
+/// Whoever has closed the gate, or is about to: one at a time.
+static CLOSER: AtomicBool = AtomicBool::new(false);
+
 /// Closes the gate and waits until no thread is inside, but for those that wait for the GPU. If that takes longer than
 /// `patience` the gate is opened again and `false` returned.
 pub fn close(patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
+    while CLOSER.swap(true, Ordering::Acquire) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
     STATE.fetch_or(CLOSED, Ordering::SeqCst);
     barrier();
-    empty(patience, WAITING - 1)
+    let closed = empty(deadline, WAITING - 1);
+    if !closed {
+        open();
+    }
+    closed
 }
 
 /// Once the gate is closed and the GPU idle: waits until the threads that waited for the GPU are out of the driver too.
-/// If that takes longer than `patience` the gate is opened and `false` returned.
+/// `false` if that takes longer than `patience`.
 pub fn settle(patience: Duration) -> bool {
-    empty(patience, u32::MAX)
+    empty(Instant::now() + patience, u32::MAX)
 }
 
-/// Waits until no thread has a mark within `mask`, and opens the gate if that takes too long.
-fn empty(patience: Duration, mask: u32) -> bool {
-    let deadline = Instant::now() + patience;
+/// Waits until no thread has a mark within `mask`; `false` if some still do at the deadline.
+fn empty(deadline: Instant, mask: u32) -> bool {
     let mut rounds = 0u32;
     loop {
         let inside = {
@@ -219,7 +232,6 @@ fn empty(patience: Duration, mask: u32) -> bool {
             return true;
         }
         if Instant::now() > deadline {
-            open();
             return false;
         }
         rounds += 1;
@@ -231,9 +243,10 @@ fn empty(patience: Duration, mask: u32) -> bool {
     }
 }
 
-/// Opens the gate and wakes everyone who waits.
+/// Opens the gate, which the caller has closed, and wakes everyone who waits.
 pub fn open() {
     STATE.fetch_and(!CLOSED, Ordering::SeqCst);
+    CLOSER.store(false, Ordering::Release);
     // SAFETY: a futex wake on a static word.
     unsafe {
         libc::syscall(libc::SYS_futex, STATE.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX);
@@ -243,6 +256,7 @@ pub fn open() {
 /// In a child after `fork`: its one thread is inside nothing, and the gate's state was the parent's.
 pub fn reset_after_fork() {
     STATE.fetch_and(!CLOSED, Ordering::SeqCst);
+    CLOSER.store(false, Ordering::Relaxed);
     if let Ok(slots) = SLOTS.try_lock() {
         slots.iter().for_each(|s| s.depth.store(0, Ordering::Relaxed));
     }
@@ -331,6 +345,7 @@ mod tests {
         entered.recv().unwrap();
         assert!(close(Duration::from_secs(20)));
         assert!(!settle(Duration::from_millis(20)), "a thread is still inside");
+        open();
         assert!(close(Duration::from_secs(20)));
         leave.send(()).unwrap();
         assert!(settle(Duration::from_secs(20)));

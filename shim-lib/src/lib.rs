@@ -11,7 +11,9 @@ compile_error!(
     "libphos.so is written for x86_64: the trampolines in entry.rs need a version for this processor"
 );
 
+mod arena;
 mod cache;
+mod carve;
 mod contexts;
 mod control;
 #[cfg(test)]
@@ -31,7 +33,6 @@ mod prefault;
 mod proc_address;
 mod real;
 mod sharing;
-mod small;
 mod streams;
 mod table;
 mod thread_slot;

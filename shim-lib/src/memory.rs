@@ -10,16 +10,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use phos_protocol::message::{CLASS_PLAIN, CLASS_SMALL, FLAG_RDMA};
 
+use crate::carve::{BLOCK, Emptied, LARGEST};
 use crate::cuda::{
     ACCESS_READ_WRITE, ALLOCATION_PINNED, AccessDesc, AllocationProp, Context, DEVICE_FD, DEVICE_RDMA_VMM,
-    DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD, INVALID_VALUE, LOCATION_DEVICE, Location, OUT_OF_MEMORY,
-    SUCCESS, Status,
+    DEVICE_VMM, DeviceOrdinal, DevicePtr, HANDLE_FD, Handle, INVALID_VALUE, LOCATION_DEVICE, Location,
+    OUT_OF_MEMORY, SUCCESS, Status,
 };
 use crate::fds::Kept;
 use crate::real::api;
-use crate::small::{BLOCK, LARGEST};
 use crate::table::{self, Mapping, Physical, Plain};
-use crate::{gate, peers, pools};
+use crate::{arena, gate, peers, pools};
 
 /// What matters about a device.
 #[derive(Clone, Copy)]
@@ -68,6 +68,44 @@ fn properties(device: DeviceOrdinal, rdma: bool) -> AllocationProp {
     }
 }
 
+/// Makes `size` bytes (a multiple of [`BLOCK`]) of parkable memory on `device`: its handle, and the fd that keeps it.
+pub fn create(device: DeviceOrdinal, size: usize) -> Result<(Handle, Kept), Status> {
+    let (api, facts) = (api(), device_facts(device));
+    let (mut handle, mut fd) = (0, -1);
+    // SAFETY: the pointers are valid for the calls; a handle that is not exported is released.
+    unsafe {
+        match (api.create)(&mut handle, size, &properties(device, facts.rdma), 0) {
+            SUCCESS => {}
+            status => return Err(status),
+        }
+        match (api.export)((&raw mut fd).cast(), handle, HANDLE_FD, 0) {
+            SUCCESS => Ok((handle, Kept::new(fd))),
+            status => {
+                (api.release)(handle);
+                Err(status)
+            }
+        }
+    }
+}
+
+/// The table's entry for memory of this library's own.
+pub fn physical(device: DeviceOrdinal, size: usize, class: u32, fd: Kept) -> Physical {
+    let facts = device_facts(device);
+    Physical {
+        handle: 0,
+        fd,
+        size: size as u64,
+        uuid: facts.uuid,
+        class,
+        flags: if facts.rdma { FLAG_RDMA } else { 0 },
+        references: 0,
+        mappings: 0,
+        generation: 0,
+        asked_types: 0,
+        shared: false,
+    }
+}
+
 /// Makes `size` bytes (a multiple of [`BLOCK`]) of parkable memory on `device`, mapped and accessible from there and for
 /// `others`.
 pub fn make(
@@ -76,18 +114,13 @@ pub fn make(
     class: u32,
     others: &[AccessDesc],
 ) -> Result<DevicePtr, Status> {
-    let (api, facts) = (api(), device_facts(device));
+    let api = api();
     let check = |status| if status == SUCCESS { Ok(()) } else { Err(status) };
-    let mut handle = 0;
-    // SAFETY: every pointer is valid for its call; what was made is undone if a later step fails.
-    unsafe { check((api.create)(&mut handle, size, &properties(device, facts.rdma), 0))? };
-    let (mut fd, mut kept) = (-1, Kept::NONE);
+    let (handle, kept) = create(device, size)?;
     let mut address = 0;
     let result = (|| {
-        // SAFETY: as above.
+        // SAFETY: every pointer is valid for its call; what was made is undone if a later step fails.
         unsafe {
-            check((api.export)((&raw mut fd).cast(), handle, HANDLE_FD, 0))?;
-            kept = Kept::new(fd);
             check((api.reserve)(&mut address, size, 0, 0, 0))?;
             check((api.map)(address, size, 0, handle, 0))?;
             let own = AccessDesc {
@@ -107,23 +140,12 @@ pub fn make(
     match result {
         Ok(access) => {
             let mut table = table::lock();
-            let physical = table.insert(Physical {
-                handle: 0,
-                fd: kept,
-                size: size as u64,
-                uuid: facts.uuid,
-                class,
-                flags: if facts.rdma { FLAG_RDMA } else { 0 },
-                references: 0,
-                mappings: 0,
-                generation: 0,
-                asked_types: 0,
-                shared: false,
-            });
+            let physical = table.insert(physical(device, size, class, kept));
             table.insert_mapping(address, Mapping { len: size, physical, access, present: true });
             Ok(address)
         }
         Err(status) => {
+            let mut kept = kept;
             kept.close();
             if address != 0 {
                 // SAFETY: reserved above, nothing is mapped there.
@@ -140,8 +162,16 @@ pub fn unmake(address: DevicePtr, size: usize) -> Status {
     unsafe {
         let result = (api().unmap)(address, size);
         if result == SUCCESS {
-            table::lock().remove_mappings(address, size);
-            (api().unreserve)(address, size);
+            let range = {
+                let mut table = table::lock();
+                table.remove_mappings(address, size);
+                table.leave_range(address)
+            };
+            match range {
+                None => (api().unreserve)(address, size),
+                Some(Some((base, len))) => (api().unreserve)(base, len),
+                Some(None) => SUCCESS,
+            };
         }
         result
     }
@@ -158,10 +188,15 @@ pub fn make_room<T>(device: DeviceOrdinal, make: impl Fn() -> Result<T, Status>)
 /// Gives back blocks that are kept though they are empty. Whether there were any.
 fn drop_spare(device: DeviceOrdinal) -> bool {
     let spare = table::lock().small.drop_all_empty(device);
-    spare.iter().for_each(|block| {
-        unmake(*block, BLOCK as usize);
-    });
+    give_back(&spare);
     !spare.is_empty()
+}
+
+/// Gives blocks back to the driver.
+fn give_back(blocks: &[Emptied]) {
+    blocks.iter().for_each(|(base, len)| {
+        unmake(*base, *len as usize);
+    });
 }
 
 /// Allocates `size` bytes in the current context, or says that the driver should.
@@ -187,10 +222,13 @@ fn allocate(size: usize) -> Result<Option<DevicePtr>, Status> {
         let peers = peers::accessors(device);
         let block = make_room(device, || make(device, BLOCK as usize, CLASS_SMALL, &peers.descs))?;
         let mut table = table::lock();
-        table.small.add(home, block);
+        table.small.add(home, block, BLOCK);
         return Ok(table.small.allocate(home, size as u64));
     }
     let reserved = size.checked_next_multiple_of(BLOCK as usize).ok_or(OUT_OF_MEMORY)?;
+    if let Some(pointer) = arena::allocate((device, context as usize), size as u64) {
+        return Ok(Some(pointer));
+    }
     let peers = peers::accessors(device);
     let pointer = make_room(device, || make(device, reserved, CLASS_PLAIN, &peers.descs))?;
     table::lock().plain.insert(pointer, Plain { size, reserved, context: context as usize });
@@ -201,11 +239,21 @@ fn allocate(size: usize) -> Result<Option<DevicePtr>, Status> {
 /// As the driver's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(pointer: *mut DevicePtr, size: usize) -> Status {
-    let _pass = gate::gate();
+    let pass = gate::gate();
     if pointer.is_null() {
         return INVALID_VALUE;
     }
-    match allocate(size) {
+    let mut result = allocate(size);
+    if result == Err(OUT_OF_MEMORY) {
+        // Whoever stops all other threads must not be inside itself.
+        drop(pass);
+        let gained = arena::dissolve();
+        let _pass = gate::gate();
+        if gained {
+            result = allocate(size);
+        }
+    }
+    match result {
         Ok(Some(address)) => {
             // SAFETY: the caller's pointer, checked not to be null.
             unsafe { *pointer = address };
@@ -283,9 +331,18 @@ pub unsafe extern "C" fn cuMemFree_v2(pointer: DevicePtr) -> Status {
             // One is kept: a program may allocate and free a single buffer again and again.
             table.small.drop_empty(piece.home, 1)
         };
-        empty.iter().for_each(|block| {
-            unmake(*block, BLOCK as usize);
-        });
+        give_back(&empty);
+        return SUCCESS;
+    }
+    let piece = table::lock().arenas.take(pointer);
+    if let Some(piece) = piece {
+        synchronize(piece.home.1);
+        let empty = {
+            let mut table = table::lock();
+            table.arenas.give_back(piece);
+            table.arenas.drop_empty(piece.home, 0)
+        };
+        give_back(&empty);
         return SUCCESS;
     }
     let mut context = ptr::null_mut();
@@ -301,7 +358,8 @@ pub unsafe extern "C" fn cuMemFree_v2(pointer: DevicePtr) -> Status {
 /// Whether a plain or small allocation begins at `pointer`.
 pub fn is_ours(pointer: DevicePtr) -> bool {
     let table = table::lock();
-    table.plain.contains_key(&pointer) || table.small.find(pointer).is_some_and(|p| p.start == pointer)
+    let carved = table.small.find(pointer).or_else(|| table.arenas.find(pointer));
+    table.plain.contains_key(&pointer) || carved.is_some_and(|p| p.start == pointer)
 }
 
 /// Frees what was allocated in a context that is gone.
@@ -313,11 +371,14 @@ pub fn free_context(context: usize) {
         for (address, _) in &gone {
             table.plain.remove(address);
         }
-        (gone, table.small.drop_owner(context))
+        let mut blocks = table.small.drop_owner(context);
+        blocks.extend(table.arenas.drop_owner(context));
+        (gone, blocks)
     };
-    plain.into_iter().chain(blocks.into_iter().map(|b| (b, BLOCK as usize))).for_each(|(address, size)| {
+    plain.into_iter().for_each(|(address, size)| {
         unmake(address, size);
     });
+    give_back(&blocks);
 }
 
 /// An allocation that stays the driver's and is only counted.

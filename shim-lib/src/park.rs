@@ -48,7 +48,7 @@ fn relax_capture() {
 }
 
 /// Waits until every context is idle; `false` if that takes longer than `patience`.
-fn drain(patience: Duration) -> Result<bool, Failure> {
+pub fn drain(patience: Duration) -> Result<bool, Failure> {
     let (done, result) = mpsc::channel();
     // The driver's wait has no limit, so it happens in a thread that can be left behind.
     let spawned = thread::Builder::new().name("phos-drain".into()).spawn(move || {
@@ -87,7 +87,7 @@ pub fn summary() -> Summary {
         entries: table.physical.len() as u64,
         driver_bytes: load(&table::UNPARKABLE) + load(&table::POOLED),
         pinned_bytes: load(&table::PINNED),
-        allocations: table.plain.len() as u64 + table.small.count() + pooled,
+        allocations: table.plain.len() as u64 + table.small.count() + table.arenas.count() + pooled,
         launches: gate::launches(),
         unknown_functions: load(&crate::proc_address::UNKNOWN),
         ..Summary::default()

@@ -4,6 +4,7 @@
 
 use std::ffi::c_void;
 
+use crate::carve::Carver;
 use crate::cuda::{DevicePtr, SUCCESS, Status};
 use crate::real::api;
 use crate::{gate, pools, table};
@@ -20,8 +21,9 @@ const RANGE_SIZE: u32 = 12;
 /// `CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE`.
 const POOL: u32 = 17;
 
-/// Numbers of small allocations, apart from the driver's buffer ids.
+/// Numbers of small allocations and of those in arenas, apart from the driver's buffer ids.
 const SMALL_ID: u64 = 1 << 62;
+const ARENA_ID: u64 = 1 << 61;
 
 /// An allocation as the application asked for it.
 struct Allocation {
@@ -40,8 +42,9 @@ fn find(address: DevicePtr) -> Option<Allocation> {
         return Some(Allocation { start, size, context: 0, pool, id: None });
     }
     let table = table::lock();
-    if let Some(p) = table.small.find(address) {
-        let id = Some(SMALL_ID | p.serial);
+    let carved = |carver: &Carver, kind| carver.find(address).map(|p| (p, kind));
+    if let Some((p, kind)) = carved(&table.small, SMALL_ID).or_else(|| carved(&table.arenas, ARENA_ID)) {
+        let id = Some(kind | p.serial);
         return Some(Allocation { start: p.start, size: p.size, context: p.home.1, pool: 0, id });
     }
     let (start, _) = table.mappings.range(..=address).next_back()?;

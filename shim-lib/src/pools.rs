@@ -11,13 +11,13 @@ use std::sync::{Mutex, MutexGuard};
 use phos_protocol::message::CLASS_POOL;
 
 use crate::cache::{Cache, Stretch};
+use crate::carve::{self, BLOCK, Carver, LARGEST};
 use crate::cuda::{
     AccessDesc, DeviceOrdinal, DevicePtr, INVALID_VALUE, LOCATION_DEVICE, OUT_OF_MEMORY,
     POOL_RELEASE_THRESHOLD, SUCCESS, Status, Stream,
 };
 use crate::memory::{self, device_facts, make, unmake};
 use crate::real::api;
-use crate::small::{self, BLOCK, LARGEST, Small};
 use crate::streams::{self, Mark, Relaxed};
 use crate::table;
 
@@ -51,7 +51,7 @@ struct Pool {
     /// Rights of other devices.
     access: Vec<AccessDesc>,
     cache: Cache<Mark>,
-    small: Small,
+    small: Carver,
     /// Pieces and blocks: bytes by address.
     pieces: BTreeMap<DevicePtr, u64>,
     reserved: Level,
@@ -94,7 +94,7 @@ impl State {
             limit,
             access: Vec::new(),
             cache: Cache::default(),
-            small: Small::default(),
+            small: Carver::default(),
             pieces: BTreeMap::new(),
             reserved: Level::default(),
             used: Level::default(),
@@ -129,7 +129,7 @@ impl Pool {
         let left = self.reserved.current - gone.iter().map(|(_, len)| len).sum::<u64>();
         if left > keep {
             let blocks = self.small.drop_empty((self.device, key), 0);
-            gone.extend(blocks.into_iter().map(|b| (b, BLOCK)));
+            gone.extend(blocks);
         }
         for (start, len) in &gone {
             self.pieces.remove(start);
@@ -217,7 +217,7 @@ pub fn allocate(handle: usize, size: u64, stream: Stream) -> Option<Result<Devic
 fn find_room(key: Key, size: u64, stream: Stream) -> Result<DevicePtr, Status> {
     let is_small = size <= LARGEST;
     let need = if is_small {
-        small::rounded(size)
+        carve::rounded(size)
     } else {
         size.checked_next_multiple_of(BLOCK).ok_or(OUT_OF_MEMORY)?
     };
@@ -254,7 +254,7 @@ fn find_room(key: Key, size: u64, stream: Stream) -> Result<DevicePtr, Status> {
         pool.pieces.insert(start, len);
         pool.reserved.add(len);
         if is_small {
-            pool.small.add((device, key), start);
+            pool.small.add((device, key), start, BLOCK);
         } else {
             pool.cache.add_idle(start, len);
         }

@@ -5,11 +5,11 @@ use std::os::fd::RawFd;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, MutexGuard};
 
-use phos_protocol::message::Entry;
+use phos_protocol::message::{CLASS_PLAIN, Entry};
 
+use crate::carve::{BLOCK, Carver};
 use crate::cuda::{AccessDesc, DevicePtr, Handle};
 use crate::fds::Kept;
-use crate::small::Small;
 
 /// One physical allocation. It lives while the application holds its handle or anything of it is mapped.
 #[derive(Debug, Clone)]
@@ -63,7 +63,7 @@ pub struct Plain {
 }
 
 /// The whole table.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Table {
     /// Raised by every change.
     pub generation: u64,
@@ -75,11 +75,38 @@ pub struct Table {
     /// Plain allocations by address.
     pub plain: HashMap<DevicePtr, Plain>,
     /// Small allocations.
-    pub small: Small,
+    pub small: Carver,
+    /// Allocations of middle size.
+    pub arenas: Carver,
+    /// Address ranges that were reserved in one and hold several plain allocations: length, allocations left.
+    pub ranges: BTreeMap<DevicePtr, (usize, usize)>,
+    /// Bytes of plain memory, arenas included.
+    pub plain_bytes: u64,
     /// What was removed: generation of its end, generation of its making, id.
     removed: Vec<(u64, u64, u64)>,
     /// Per-context stack limits to be set again at attach.
     pub stack_limits: Vec<(usize, usize)>,
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        let (generation, last_id, physical, mappings, plain, ranges, plain_bytes, removed, stack_limits) =
+            Default::default();
+        let (small, arenas) = (Carver::default(), Carver::new(BLOCK));
+        Table {
+            generation,
+            last_id,
+            physical,
+            mappings,
+            plain,
+            small,
+            arenas,
+            ranges,
+            plain_bytes,
+            removed,
+            stack_limits,
+        }
+    }
 }
 
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
@@ -140,6 +167,9 @@ impl Table {
         self.generation += 1;
         self.last_id += 1;
         physical.generation = self.generation;
+        if physical.class == CLASS_PLAIN {
+            self.plain_bytes += physical.size;
+        }
         self.physical.insert(self.last_id, physical);
         self.last_id
     }
@@ -151,6 +181,9 @@ impl Table {
             && p.mappings == 0
         {
             p.fd.close();
+            if p.class == CLASS_PLAIN {
+                self.plain_bytes -= p.size;
+            }
             self.generation += 1;
             self.removed.push((self.generation, p.generation, id));
             self.physical.remove(&id);
@@ -176,6 +209,21 @@ impl Table {
                 self.drop_if_unused(m.physical);
             }
         }
+    }
+
+    /// An allocation at `address` is gone. `None`: it was not in a shared range; otherwise the range (address and bytes),
+    /// if that was its last one.
+    pub fn leave_range(&mut self, address: DevicePtr) -> Option<Option<(DevicePtr, usize)>> {
+        let (base, (len, left)) = self.ranges.range_mut(..=address).next_back()?;
+        if address - base >= *len as u64 {
+            return None;
+        }
+        *left -= 1;
+        let gone = (*left == 0).then_some((*base, *len));
+        if let Some((base, _)) = gone {
+            self.ranges.remove(&base);
+        }
+        Some(gone)
     }
 
     /// Records access rights for all mappings that begin in the range.

@@ -1,4 +1,5 @@
-//! Cutting small allocations out of larger blocks: memory that can be parked comes in units of 2 MiB.
+//! Cutting allocations out of larger blocks: memory that can be parked comes in units of 2 MiB, and each unit that is parked
+//! by itself costs time while the program stands still.
 //!
 //! Pure bookkeeping; the caller makes and frees the blocks.
 
@@ -6,11 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cuda::DevicePtr;
 
-/// Size of a block in bytes: the driver's allocation granularity.
+/// Size of a block of small allocations in bytes: the driver's allocation granularity.
 pub const BLOCK: u64 = 2 << 20;
-/// Largest allocation that is cut from a block, bytes.
+/// Largest allocation that is cut from such a block, bytes.
 pub const LARGEST: u64 = 512 << 10;
-/// Alignment of allocations, bytes, as the driver gives it.
+/// Alignment of small allocations, bytes, as the driver gives it.
 const ALIGN: u64 = 512;
 
 /// Where a block belongs: a context or a pool, on a device. Blocks are not shared, so that each owner's memory can go
@@ -30,9 +31,13 @@ pub struct Piece {
     pub home: Home,
 }
 
+/// A block that is not carved any more: its address and bytes. The caller frees it.
+pub type Emptied = (DevicePtr, u64);
+
 #[derive(Debug)]
 struct Block {
     home: Home,
+    len: u64,
     /// Free stretches by offset. Neighbours are always merged.
     free: BTreeMap<u64, u64>,
     /// The same as (length, offset).
@@ -58,25 +63,41 @@ impl Block {
     }
 }
 
-/// All blocks.
-#[derive(Debug, Default)]
-pub struct Small {
+/// All blocks of one kind.
+#[derive(Debug)]
+pub struct Carver {
+    /// Alignment of allocations, bytes.
+    align: u64,
     blocks: BTreeMap<DevicePtr, Block>,
     /// Blocks as (home, largest free stretch, address).
     room: BTreeSet<(Home, u64, DevicePtr)>,
+    /// Blocks that hold nothing.
+    empty: BTreeSet<(Home, DevicePtr)>,
     count: u64,
     serial: u64,
 }
 
-/// Bytes that an allocation of `size` takes.
+/// Bytes that a small allocation of `size` takes.
 pub fn rounded(size: u64) -> u64 {
     size.next_multiple_of(ALIGN)
 }
 
-impl Small {
+impl Default for Carver {
+    fn default() -> Self {
+        Carver::new(ALIGN)
+    }
+}
+
+impl Carver {
+    /// Cuts at multiples of `align` bytes.
+    pub fn new(align: u64) -> Self {
+        let (blocks, room, empty) = Default::default();
+        Carver { align, blocks, room, empty, count: 0, serial: 0 }
+    }
+
     /// Cuts `size` bytes from a block of `home`, if one has room.
     pub fn allocate(&mut self, home: Home, size: u64) -> Option<DevicePtr> {
-        let need = rounded(size);
+        let need = size.next_multiple_of(self.align);
         // The fullest block that has room: others may become empty.
         let entry = *self.room.range((home, need, 0)..=(home, u64::MAX, u64::MAX)).next()?;
         let block = self.blocks.get_mut(&entry.2)?;
@@ -91,23 +112,26 @@ impl Small {
         self.count += 1;
         self.room.remove(&entry);
         self.room.insert((home, largest, entry.2));
+        self.empty.remove(&(home, entry.2));
         Some(entry.2 + at)
     }
 
-    /// Adds an empty block at `base`.
-    pub fn add(&mut self, home: Home, base: DevicePtr) {
-        let mut block = Block { home, free: BTreeMap::new(), by_len: BTreeSet::new(), used: BTreeMap::new() };
-        block.add_free(0, BLOCK);
+    /// Adds an empty block of `len` bytes at `base`.
+    pub fn add(&mut self, home: Home, base: DevicePtr, len: u64) {
+        let (free, by_len, used) = Default::default();
+        let mut block = Block { home, len, free, by_len, used };
+        block.add_free(0, len);
         self.blocks.insert(base, block);
-        self.room.insert((home, BLOCK, base));
+        self.room.insert((home, len, base));
+        self.empty.insert((home, base));
     }
 
     fn block(&self, pointer: DevicePtr) -> Option<(DevicePtr, &Block)> {
         let (base, block) = self.blocks.range(..=pointer).next_back()?;
-        (pointer - base < BLOCK).then_some((*base, block))
+        (pointer - base < block.len).then_some((*base, block))
     }
 
-    /// Ends the allocation that begins at `pointer`. Its room is not used again before [`Small::give_back`].
+    /// Ends the allocation that begins at `pointer`. Its room is not used again before [`Carver::give_back`].
     pub fn take(&mut self, pointer: DevicePtr) -> Option<Piece> {
         let base = self.block(pointer)?.0;
         let block = self.blocks.get_mut(&base)?;
@@ -116,12 +140,12 @@ impl Small {
         Some(Piece { start: pointer, size, serial, home: block.home })
     }
 
-    /// Makes the room of what [`Small::take`] returned usable again.
+    /// Makes the room of what [`Carver::take`] returned usable again.
     pub fn give_back(&mut self, piece: Piece) {
         let Some(base) = self.block(piece.start).map(|(base, _)| base) else { return };
         let Some(block) = self.blocks.get_mut(&base) else { return };
         self.room.remove(&(block.home, block.largest(), base));
-        let (mut at, mut len) = (piece.start - base, rounded(piece.size));
+        let (mut at, mut len) = (piece.start - base, piece.size.next_multiple_of(self.align));
         if let Some(after) = block.remove_free(at + len) {
             len += after;
         }
@@ -133,24 +157,47 @@ impl Small {
         }
         block.add_free(at, len);
         self.room.insert((block.home, block.largest(), base));
-    }
-
-    /// Removes empty blocks of `home`, all but `keep` of them; returns their addresses.
-    pub fn drop_empty(&mut self, home: Home, keep: usize) -> Vec<DevicePtr> {
-        let empty = self.room.range((home, BLOCK, 0)..=(home, BLOCK, u64::MAX));
-        let gone: Vec<_> = empty.skip(keep).map(|(_, _, base)| *base).collect();
-        for base in &gone {
-            self.blocks.remove(base);
-            self.room.remove(&(home, BLOCK, *base));
+        if block.used.is_empty() && len == block.len {
+            self.empty.insert((block.home, base));
         }
-        gone
     }
 
-    /// Removes all empty blocks on a device; returns their addresses.
-    pub fn drop_all_empty(&mut self, device: i32) -> Vec<DevicePtr> {
-        let homes: BTreeSet<Home> =
-            self.room.iter().map(|(home, _, _)| *home).filter(|h| h.0 == device).collect();
-        homes.into_iter().flat_map(|home| self.drop_empty(home, 0)).collect()
+    /// Removes a block and what is known of it.
+    pub fn remove(&mut self, base: DevicePtr) -> Option<Emptied> {
+        let block = self.blocks.remove(&base)?;
+        self.count -= block.used.len() as u64;
+        self.room.remove(&(block.home, block.largest(), base));
+        self.empty.remove(&(block.home, base));
+        Some((base, block.len))
+    }
+
+    /// Removes empty blocks of `home`, all but `keep` of them; returns them.
+    pub fn drop_empty(&mut self, home: Home, keep: usize) -> Vec<Emptied> {
+        let empty = self.empty.range((home, 0)..=(home, u64::MAX));
+        let gone: Vec<_> = empty.skip(keep).map(|(_, base)| *base).collect();
+        gone.into_iter().filter_map(|base| self.remove(base)).collect()
+    }
+
+    /// Removes all empty blocks on a device; returns them.
+    pub fn drop_all_empty(&mut self, device: i32) -> Vec<Emptied> {
+        let gone: Vec<_> =
+            self.empty.iter().filter(|(home, _)| home.0 == device).map(|(_, base)| *base).collect();
+        gone.into_iter().filter_map(|base| self.remove(base)).collect()
+    }
+
+    /// Blocks on a device: address, bytes, and what is cut from each.
+    pub fn on_device(&self, device: i32) -> Vec<(DevicePtr, u64, Vec<Piece>)> {
+        let pieces = |base: DevicePtr, block: &Block| {
+            let piece = |(at, (size, serial)): (&u64, &(u64, u64))| Piece {
+                start: base + at,
+                size: *size,
+                serial: *serial,
+                home: block.home,
+            };
+            block.used.iter().map(piece).collect()
+        };
+        let there = self.blocks.iter().filter(|(_, block)| block.home.0 == device);
+        there.map(|(base, block)| (*base, block.len, pieces(*base, block))).collect()
     }
 
     /// The allocation that contains `address`.
@@ -166,17 +213,11 @@ impl Small {
         self.count
     }
 
-    /// Removes all blocks of an owner; returns their addresses.
-    pub fn drop_owner(&mut self, owner: usize) -> Vec<DevicePtr> {
+    /// Removes all blocks of an owner; returns them.
+    pub fn drop_owner(&mut self, owner: usize) -> Vec<Emptied> {
         let gone: Vec<_> =
             self.blocks.iter().filter(|(_, b)| b.home.1 == owner).map(|(base, _)| *base).collect();
-        for base in &gone {
-            if let Some(block) = self.blocks.remove(base) {
-                self.count -= block.used.len() as u64;
-                self.room.remove(&(block.home, block.largest(), *base));
-            }
-        }
-        gone
+        gone.into_iter().filter_map(|base| self.remove(base)).collect()
     }
 }
 
@@ -188,7 +229,7 @@ mod tests {
 
     #[test]
     fn allocations_never_overlap_and_all_room_comes_back() {
-        let mut small = Small::default();
+        let mut small = Carver::default();
         let mut live: Vec<(u64, u64)> = Vec::new();
         let mut serials = std::collections::HashSet::new();
         let mut next_block = 0x7000_0000_0000;
@@ -200,7 +241,7 @@ mod tests {
                 let at = match small.allocate(HOME, size) {
                     Some(at) => at,
                     None => {
-                        small.add(HOME, next_block);
+                        small.add(HOME, next_block, BLOCK);
                         next_block += BLOCK;
                         small.allocate(HOME, size).unwrap()
                     }
@@ -228,14 +269,14 @@ mod tests {
         let blocks = small.blocks.len();
         assert_eq!(small.drop_empty(HOME, 1).len(), blocks - 1, "every block but one is given back");
         assert_eq!(small.drop_empty(HOME, 0).len(), 1);
-        assert!(small.blocks.is_empty() && small.room.is_empty());
+        assert!(small.blocks.is_empty() && small.room.is_empty() && small.empty.is_empty());
         assert!(small.take(0x1234).is_none());
     }
 
     #[test]
     fn what_was_taken_is_not_given_out_before_it_is_given_back() {
-        let mut small = Small::default();
-        small.add(HOME, 0);
+        let mut small = Carver::default();
+        small.add(HOME, 0, BLOCK);
         let pieces: Vec<_> = (0..4).map(|_| small.allocate(HOME, LARGEST).unwrap()).collect();
         let piece = small.take(pieces[2]).unwrap();
         assert_eq!(small.allocate(HOME, LARGEST), None);
@@ -245,12 +286,12 @@ mod tests {
 
     #[test]
     fn contexts_do_not_share_blocks() {
-        let mut small = Small::default();
-        small.add((0, 1), 0x1000_0000);
+        let mut small = Carver::default();
+        small.add((0, 1), 0x1000_0000, BLOCK);
         assert_eq!(small.allocate((0, 2), 100), None);
         assert_eq!(small.allocate((1, 1), 100), None);
         assert!(small.allocate((0, 1), 100).is_some());
-        assert_eq!(small.drop_owner(1), vec![0x1000_0000]);
+        assert_eq!(small.drop_owner(1), vec![(0x1000_0000, BLOCK)]);
         assert_eq!(small.count(), 0);
     }
 }
