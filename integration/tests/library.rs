@@ -4,14 +4,19 @@ use phos_integration::application::{Application, out};
 
 const MIB: usize = 1 << 20;
 
+/// Bytes of a piece's contents; large enough that each allocation has a piece of memory to itself.
+fn size(n: u32) -> usize {
+    (16 + n as usize) * MIB
+}
+
 /// Three pieces of memory with known contents.
 struct Pieces(Vec<(u64, u32)>);
 
 impl Pieces {
     fn make(app: &Application) -> Self {
         let made = (1..=3u32).map(|n| {
-            let address = app.alloc(n as usize * MIB);
-            app.fill(address, n * 0x0101_0101, n as usize * MIB / 4);
+            let address = app.alloc(size(n));
+            app.fill(address, n * 0x0101_0101, size(n) / 4);
             (address, n)
         });
         Pieces(made.collect())
@@ -19,7 +24,7 @@ impl Pieces {
 
     fn check(&self, app: &Application) {
         for (address, n) in &self.0 {
-            let words = app.read(*address, *n as usize * MIB / 4);
+            let words = app.read(*address, size(*n) / 4);
             assert!(words.iter().all(|w| *w == n * 0x0101_0101), "piece {n}");
         }
     }

@@ -24,7 +24,7 @@ fn is_socket(fd: i32) -> bool {
 #[test]
 fn a_program_that_closes_everything_is_parked_all_the_same() {
     let app = Application::start().unwrap();
-    let held: Vec<_> = (1..=3u32).map(|n| (app.alloc(n as usize * MIB), n)).collect();
+    let held: Vec<_> = (1..=3u32).map(|n| (app.alloc((16 + n as usize) * MIB), n)).collect();
     held.iter().for_each(|(address, n)| app.fill(*address, *n, 1000));
     assert!(app.listens().unwrap());
     // The library closes its end of that conversation; only its listener stays.
