@@ -19,7 +19,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::unlinkat;
-use phos_protocol::message::{Entry, Message, Summary, Timings, failure};
+use phos_protocol::message::{CLASS_IMPORTED, Entry, Message, Summary, Timings, failure};
 use phos_protocol::{Connection, MAX_FDS, TransportError, VERSION, paths};
 use std::os::fd::AsFd;
 use thiserror::Error;
@@ -294,7 +294,9 @@ impl Library {
                         return Err(self.broke(format!("more than {MAX_ENTRIES} allocations")));
                     }
                     for (entry, fd) in entries.into_iter().zip(fds) {
-                        if entry.size == 0 || entry.size % CHUNK as u64 != 0 || entry.size > 1 << 46 {
+                        // What was imported and not mapped has no size of its own.
+                        let unmapped = entry.class == CLASS_IMPORTED && entry.size == 0;
+                        if entry.size == 0 && !unmapped || entry.size % CHUNK as u64 != 0 || entry.size > 1 << 46 {
                             return Err(self.broke(format!("an allocation of {} bytes", entry.size)));
                         }
                         if !ids.insert(entry.id) {

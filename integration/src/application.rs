@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::ffi::{CString, c_void};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread;
@@ -23,8 +24,13 @@ pub type Code = u32;
 struct Loaded {
     library: *mut c_void,
     driver: *mut c_void,
-    control: TempDir,
+    control: PathBuf,
+    /// Removed with this process, unless another one shares its own.
+    _folder: Option<TempDir>,
 }
+
+/// Environment variable: the control folder of another process, which this one shares.
+pub const SHARED_CONTROL: &str = "PHOS_TEST_CONTROL";
 // SAFETY: handles of dlopen may be used from any thread; they are never closed.
 unsafe impl Send for Loaded {}
 // SAFETY: as above.
@@ -47,14 +53,18 @@ fn symbol(library: *mut c_void, name: &str) -> usize {
 }
 
 fn load() -> Result<Loaded> {
-    let control = tempfile::tempdir()?;
+    let folder = if env::var_os(SHARED_CONTROL).is_some() { None } else { Some(tempfile::tempdir()?) };
+    let control = match &folder {
+        Some(folder) => folder.path().to_path_buf(),
+        None => env::var_os(SHARED_CONTROL).unwrap_or_default().into(),
+    };
     // SAFETY: before this process loads a driver; other threads of a test harness do not read the environment.
     unsafe {
         env::set_var("PHOS_REAL_LIBCUDA", tools::built("libsimcuda.so")?);
-        env::set_var("PHOS_CONTROL_DIR", control.path());
+        env::set_var("PHOS_CONTROL_DIR", &control);
         env::set_var("SIMCUDA_DEVICES", "2");
     }
-    Ok(Loaded { library: open("libphos.so")?, driver: open("libsimcuda.so")?, control })
+    Ok(Loaded { library: open("libphos.so")?, driver: open("libsimcuda.so")?, control, _folder: folder })
 }
 
 /// Memory that was taken over from the process.
@@ -171,12 +181,22 @@ impl Application {
     }
 
     fn control(&self) -> Result<ControlDir> {
-        Ok(ControlDir::open(self.loaded.control.path())?)
+        Ok(ControlDir::open(&self.loaded.control)?)
+    }
+
+    /// The control folder.
+    pub fn control_folder(&self) -> &Path {
+        &self.loaded.control
     }
 
     /// A conversation with the library, as the host.
     pub fn library(&self) -> Result<Library> {
-        let (control, pid) = (self.control()?, std::process::id() as i32);
+        self.library_of(std::process::id() as i32)
+    }
+
+    /// The same with that of another process which shares the control folder.
+    pub fn library_of(&self, pid: i32) -> Result<Library> {
+        let control = self.control()?;
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             if let Some(library) = Library::connect(&control, pid, pid)? {
@@ -197,7 +217,12 @@ impl Application {
 
     /// Takes the process's memory over. What was taken is returned even if the library then failed to let go of it.
     pub fn park(&self) -> Result<(Parked, Result<Timings>)> {
-        let library = self.library()?;
+        self.park_of(std::process::id() as i32)
+    }
+
+    /// The same with another process.
+    pub fn park_of(&self, pid: i32) -> Result<(Parked, Result<Timings>)> {
+        let library = self.library_of(pid)?;
         let update = library.park(0, Duration::from_secs(10), 0)?;
         ensure!(
             update.live == update.added.len() as u64,
@@ -211,7 +236,12 @@ impl Application {
 
     /// Gives it back.
     pub fn attach(&self, parked: &Parked) -> Result<Timings> {
-        let (control, pid) = (self.control()?, std::process::id() as i32);
+        self.attach_of(std::process::id() as i32, parked)
+    }
+
+    /// The same with another process.
+    pub fn attach_of(&self, pid: i32, parked: &Parked) -> Result<Timings> {
+        let control = self.control()?;
         let listener = AttachListener::bind(&control)?;
         let library = listener.accept(&[(pid, pid)], Instant::now() + Duration::from_secs(10))?;
         let entries: Vec<_> = parked.entries.values().map(|(e, fd)| (*e, fd.as_raw_fd())).collect();

@@ -8,7 +8,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Mutex, Once};
+use std::sync::{Mutex, Once, OnceLock};
 use std::thread;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::cuda::{SUCCESS, Status};
 use crate::fds::Kept;
 use crate::park::{Failure, attach, park, send_table, summary};
 use crate::real::api;
-use crate::{fds, gate, prefault, table};
+use crate::{fds, gate, ipc_door, prefault, table};
 
 /// How long a host may be silent in the middle of a conversation.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -58,6 +58,7 @@ static CONVERSATION: AtomicI32 = AtomicI32::new(-1);
 extern "C" fn in_child() {
     fds::close(CONVERSATION.swap(-1, Ordering::Relaxed));
     close_listener();
+    ipc_door::close_after_fork();
     table::close_after_fork();
     gate::reset_after_fork();
 }
@@ -71,27 +72,41 @@ fn folder() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
+/// The control folder as it was found by `cuInit`.
+static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+
+/// The control folder of a process that phos-runc can checkpoint; none if it is on its own.
+pub fn reachable() -> Option<&'static Path> {
+    FOLDER.get().map(PathBuf::as_path)
+}
+
 fn start() {
     let Some(folder) = folder() else { return };
+    let folder = FOLDER.get_or_init(|| folder);
     // SAFETY: the handler only closes fds and writes atomics.
     unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
-    // The thread inherits a mask in which every signal is blocked: none of the application's handlers runs in it.
+    if let Err(e) = spawn("phos-ctl", move || run(folder)) {
+        crate::log!("no control thread: {e}");
+    }
+}
+
+/// A thread of this library's own: it inherits a mask in which every signal is blocked, so that none of the application's
+/// handlers runs in it.
+pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<thread::JoinHandle<()>> {
     // SAFETY: the sets are initialised before use and belong to this frame.
     unsafe {
         let mut all: libc::sigset_t = std::mem::zeroed();
         let mut before: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
-        let thread =
-            thread::Builder::new().name("phos-ctl".into()).stack_size(256 << 10).spawn(move || run(&folder));
+        let thread = thread::Builder::new().name(name.into()).stack_size(256 << 10).spawn(work);
         libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut());
-        if let Err(e) = thread {
-            crate::log!("no control thread: {e}");
-        }
+        thread
     }
 }
 
-fn address(path: &Path) -> Option<libc::sockaddr_un> {
+/// The address of a socket in the file system.
+pub fn address(path: &Path) -> Option<libc::sockaddr_un> {
     // SAFETY: an all-zero address is valid.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     address.sun_family = libc::AF_UNIX as _;
@@ -105,13 +120,15 @@ fn address(path: &Path) -> Option<libc::sockaddr_un> {
     Some(address)
 }
 
-fn seqpacket() -> Option<RawFd> {
+/// A new socket, out of the application's way.
+pub fn seqpacket() -> Option<RawFd> {
     // SAFETY: a plain system call.
     let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) };
     (fd >= 0).then(|| fds::raise(fd))
 }
 
-fn listen(path: &Path) -> Option<RawFd> {
+/// Listens at a path that only root and this user can connect to.
+pub fn listen(path: &Path) -> Option<RawFd> {
     let address = address(path)?;
     let name = CString::new(path.as_os_str().as_bytes()).ok()?;
     let fd = seqpacket()?;
@@ -132,7 +149,7 @@ fn listen(path: &Path) -> Option<RawFd> {
 
 /// Only root on the host or the process's own user may give orders. In a user namespace the host's root is seen as
 /// the overflow user.
-fn may_command(connection: &Connection) -> bool {
+pub fn may_command(connection: &Connection) -> bool {
     const OVERFLOW: u32 = 65534;
     // SAFETY: always succeeds.
     let own = unsafe { libc::geteuid() };
@@ -286,7 +303,9 @@ fn run(folder: &Path) {
         close_listener();
         let _ = std::fs::remove_file(&path);
         if parked {
+            ipc_door::close();
             wait_for_host(folder);
+            ipc_door::reopen();
             prefault::disarm();
         }
     }

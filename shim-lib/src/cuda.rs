@@ -14,6 +14,10 @@ pub const INVALID_VALUE: Status = 1;
 pub const OUT_OF_MEMORY: Status = 2;
 /// `CUDA_ERROR_NO_DEVICE`.
 pub const NO_DEVICE: Status = 100;
+/// `CUDA_ERROR_INVALID_CONTEXT`.
+pub const INVALID_CONTEXT: Status = 201;
+/// `CUDA_ERROR_INVALID_HANDLE`.
+pub const INVALID_HANDLE: Status = 400;
 /// `CUDA_ERROR_NOT_FOUND`.
 pub const NOT_FOUND: Status = 500;
 
@@ -31,7 +35,13 @@ pub type Handle = u64;
 /// `CUipcMemHandle` and `CUipcEventHandle`, which are passed by value.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct IpcHandle([u8; 64]);
+pub struct IpcHandle(pub [u8; 64]);
+/// `CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS`, the one flag there is, which must be given.
+pub const IPC_LAZY_PEER_ACCESS: u32 = 1;
+/// `CU_EVENT_DISABLE_TIMING`.
+pub const EVENT_DISABLE_TIMING: u32 = 2;
+/// `CU_EVENT_INTERPROCESS`.
+pub const EVENT_INTERPROCESS: u32 = 4;
 
 /// `CUmemLocation`.
 #[repr(C)]
@@ -211,6 +221,10 @@ api! {
     event_query = "cuEventQuery"(*mut c_void);
     event_synchronize = "cuEventSynchronize"(*mut c_void);
     event_destroy = "cuEventDestroy_v2"(*mut c_void);
+    event_destroy_1 = "cuEventDestroy"(*mut c_void);
+    event_record_ptsz = "cuEventRecord_ptsz"(*mut c_void, Stream);
+    event_record_flags = "cuEventRecordWithFlags"(*mut c_void, Stream, u32);
+    event_record_flags_ptsz = "cuEventRecordWithFlags_ptsz"(*mut c_void, Stream, u32);
     ctx_synchronize_2 = "cuCtxSynchronize_v2"(Context);
     alloc_host = "cuMemAllocHost_v2"(*mut *mut c_void, usize);
     host_alloc = "cuMemHostAlloc"(*mut *mut c_void, usize, u32);
@@ -239,6 +253,7 @@ api! {
     ipc_get = "cuIpcGetMemHandle"(*mut c_void, DevicePtr);
     ipc_open_1 = "cuIpcOpenMemHandle"(*mut DevicePtr, IpcHandle, u32);
     ipc_open = "cuIpcOpenMemHandle_v2"(*mut DevicePtr, IpcHandle, u32);
+    ipc_close = "cuIpcCloseMemHandle"(DevicePtr);
     ipc_get_event = "cuIpcGetEventHandle"(*mut c_void, *mut c_void);
     ipc_open_event = "cuIpcOpenEventHandle"(*mut *mut c_void, IpcHandle);
     pool_export = "cuMemPoolExportToShareableHandle"(*mut c_void, *mut c_void, u32, u64);

@@ -5,6 +5,11 @@
 pub use crate::contexts::{cuCtxCreate_v2, cuCtxCreate_v3, cuCtxCreate_v4, cuCtxDestroy_v2};
 pub use crate::control::cuInit;
 use crate::entry::{Wrapper, gated, trampoline};
+pub use crate::ipc::{cuIpcCloseMemHandle, cuIpcGetMemHandle, cuIpcOpenMemHandle, cuIpcOpenMemHandle_v2};
+pub use crate::ipc_events::{
+    cuEventCreate, cuEventDestroy, cuEventDestroy_v2, cuEventRecord, cuEventRecord_ptsz,
+    cuEventRecordWithFlags, cuEventRecordWithFlags_ptsz, cuIpcGetEventHandle, cuIpcOpenEventHandle,
+};
 pub use crate::memory::{
     cuMemAlloc_v2, cuMemAllocHost_v2, cuMemAllocManaged, cuMemAllocPitch_v2, cuMemFree_v2, cuMemHostAlloc,
 };
@@ -18,8 +23,7 @@ pub use crate::pool_calls::{
 };
 pub use crate::proc_address::{cuGetProcAddress, cuGetProcAddress_ptsz, cuGetProcAddress_v2};
 pub use crate::sharing::{
-    cuImportExternalMemory, cuIpcGetEventHandle, cuIpcGetMemHandle, cuIpcOpenEventHandle, cuIpcOpenMemHandle,
-    cuIpcOpenMemHandle_v2, cuMemPoolExportToShareableHandle, cuMemPoolImportFromShareableHandle,
+    cuImportExternalMemory, cuMemPoolExportToShareableHandle, cuMemPoolImportFromShareableHandle,
     cuMulticastCreate,
 };
 pub use crate::vmm::{

@@ -111,7 +111,7 @@ fn blockers(table: &Table) -> Vec<String> {
         blockers.push("it has used virtual-memory handles of a kind that cannot be parked (host memory, fabric, multicast, or another interface's memory)".into());
     }
     if table::IPC.load(Ordering::Relaxed) > 0 {
-        blockers.push("it shares memory or events with other processes by CUDA IPC".into());
+        blockers.push("it shares memory, events or pools by handles of the driver's own (CUDA IPC)".into());
     }
     if table.physical.values().any(|p| p.fd.is_none()) {
         blockers.push("the driver did not export one of its allocations".into());
@@ -119,9 +119,6 @@ fn blockers(table: &Table) -> Vec<String> {
         blockers.push(
             "it has closed file descriptors that are not its own, among them those of its GPU memory".into(),
         );
-    }
-    if table.physical.values().any(|p| p.shared) {
-        blockers.push("it shares memory with other processes by file descriptor".into());
     }
     blockers
 }

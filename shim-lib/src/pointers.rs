@@ -26,18 +26,20 @@ const SMALL_ID: u64 = 1 << 62;
 const ARENA_ID: u64 = 1 << 61;
 
 /// An allocation as the application asked for it.
-struct Allocation {
-    start: DevicePtr,
+pub struct Allocation {
+    /// Where it begins.
+    pub start: DevicePtr,
     size: u64,
     /// The context it was made in, 0 for none.
     context: usize,
     /// The pool it came from, 0 for none.
-    pool: usize,
+    pub pool: usize,
     /// Its buffer id, if it is not the driver's.
     id: Option<u64>,
 }
 
-fn find(address: DevicePtr) -> Option<Allocation> {
+/// The allocation at an address.
+pub fn find(address: DevicePtr) -> Option<Allocation> {
     if let Some((start, size, pool)) = pools::find(address) {
         return Some(Allocation { start, size, context: 0, pool, id: None });
     }

@@ -1,13 +1,11 @@
 //! What ties this process to others through the driver: counted, since no process can be checkpointed alone then.
-//!
-//! `cuIpcGetMemHandle` fails on memory this library made; a program then takes another way.
 
 #![allow(non_snake_case)]
 
 use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 
-use crate::cuda::{DevicePtr, IpcHandle, SUCCESS, Status};
+use crate::cuda::{SUCCESS, Status};
 use crate::real::api;
 use crate::{gate, table};
 
@@ -31,11 +29,6 @@ macro_rules! shares {
 }
 
 shares! {
-    cuIpcGetMemHandle, ipc_get, IPC, handle: *mut c_void, pointer: DevicePtr;
-    cuIpcOpenMemHandle, ipc_open_1, IPC, pointer: *mut DevicePtr, handle: IpcHandle, flags: u32;
-    cuIpcOpenMemHandle_v2, ipc_open, IPC, pointer: *mut DevicePtr, handle: IpcHandle, flags: u32;
-    cuIpcGetEventHandle, ipc_get_event, IPC, handle: *mut c_void, event: *mut c_void;
-    cuIpcOpenEventHandle, ipc_open_event, IPC, event: *mut *mut c_void, handle: IpcHandle;
     cuMemPoolExportToShareableHandle, pool_export, IPC, handle: *mut c_void, pool: *mut c_void, kind: u32, flags: u64;
     cuMemPoolImportFromShareableHandle, pool_import, IPC, pool: *mut *mut c_void, handle: *mut c_void, kind: u32, flags: u64;
     cuImportExternalMemory, import_external, FOREIGN, memory: *mut *mut c_void, description: *const c_void;

@@ -64,6 +64,17 @@ pub struct Allocation {
     pub first_chunk: u64,
 }
 
+/// A process's entry for memory that an allocation of another entry stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedEntry {
+    /// Index into the processes.
+    pub process: u32,
+    /// The library's id of it.
+    pub id: u64,
+    /// Index into the allocations.
+    pub allocation: u32,
+}
+
 /// A data file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileEntry {
@@ -105,12 +116,15 @@ pub const FEATURE_PARENT: &str = "parent";
 /// The feature of pre-dumps, which serve as parents only.
 pub const FEATURE_PRE_DUMP: &str = "pre-dump";
 
+/// The feature of images with [`SharedEntry`]s.
+pub const FEATURE_SHARED: &str = "shared";
+
 /// The manifest.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`VERSION`].
     pub version: u32,
-    /// What a reader must know beyond the version: [`FEATURE_PARENT`], [`FEATURE_PRE_DUMP`].
+    /// What a reader must know beyond the version: [`FEATURE_PARENT`], [`FEATURE_PRE_DUMP`], [`FEATURE_SHARED`].
     #[serde(default)]
     pub features: Vec<String>,
     /// The phos-runc that wrote it.
@@ -135,6 +149,9 @@ pub struct Manifest {
     pub processes: Vec<ProcessEntry>,
     /// In the order of the chunk table.
     pub allocations: Vec<Allocation>,
+    /// See [`SharedEntry`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared: Vec<SharedEntry>,
     /// See [`FileEntry`].
     pub files: Vec<FileEntry>,
     /// See [`IndexEntry`].
@@ -201,6 +218,19 @@ impl Manifest {
                 .checked_add(a.size / CHUNK as u64)
                 .filter(|n| *n <= MOST_CHUNKS)
                 .ok_or("more chunks than can exist")?;
+        }
+        for s in &self.shared {
+            if s.allocation as usize >= self.allocations.len()
+                || !self.processes.get(s.process as usize).is_some_and(|p| p.has_library)
+            {
+                return Err(format!("shared entry {} names an allocation or process that is not listed", s.id));
+            }
+            if !ids.insert((s.process, s.id)) {
+                return Err(format!("entry {} is listed twice", s.id));
+            }
+        }
+        if self.shared.is_empty() == self.features.iter().any(|f| f == FEATURE_SHARED) {
+            return Err("the feature 'shared' and the entries do not go together".into());
         }
         let mut pids = std::collections::HashSet::new();
         if let Some(p) = self.processes.iter().find(|p| p.pid <= 0 || !pids.insert(p.pid)) {

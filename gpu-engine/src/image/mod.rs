@@ -31,8 +31,8 @@ use thiserror::Error;
 
 pub use chunks::{ChunkTable, Location, Saved};
 pub use manifest::{
-    Allocation, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, FileEntry, GpuEntry, IndexEntry, LibraryEntry,
-    Manifest, ParentEntry, ProcessEntry,
+    Allocation, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, FileEntry, GpuEntry,
+    IndexEntry, LibraryEntry, Manifest, ParentEntry, ProcessEntry, SharedEntry,
 };
 pub use phos_digest::{CHUNK, Digest};
 pub use reader::{Extent, Image};

@@ -9,8 +9,8 @@ use super::chunks::ChunkTable;
 use super::manifest::MAX_BYTES;
 use super::writer::hex;
 use super::{
-    Allocation, CHUNK, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, INDEX, ImageError, Location, MANIFEST,
-    Manifest, Saved, VERSION,
+    Allocation, CHUNK, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, INDEX, ImageError, Location,
+    MANIFEST, Manifest, Saved, VERSION,
 };
 
 /// Longest chain of images that build on each other.
@@ -115,7 +115,7 @@ impl Image {
             None => return Err(bad("it has no version".into())),
         }
         let manifest: Manifest = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
-        let known = |f: &&String| ![FEATURE_PARENT, FEATURE_PRE_DUMP].contains(&f.as_str());
+        let known = |f: &&String| ![FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED].contains(&f.as_str());
         if let Some(feature) = manifest.features.iter().find(known) {
             return Err(ImageError::Feature { path: folder.into(), feature: feature.clone() });
         }

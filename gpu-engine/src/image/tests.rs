@@ -40,6 +40,7 @@ fn manifest(sizes: &[usize]) -> Manifest {
         gpus: vec![GpuEntry { uuid: GpuId([7; 16]), name: "g".into(), total_bytes: 1 }],
         processes: vec![ProcessEntry { pid: 1, command: "p".into(), has_library: true }],
         allocations,
+        shared: vec![],
         files: vec![],
         index: IndexEntry { size: 0, digest: String::new() },
         parent: None,

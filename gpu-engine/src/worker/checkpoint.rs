@@ -29,6 +29,7 @@ use phos_protocol::message::{Entry, PARK_LOW_STACK, PARK_PREFAULT, Timings};
 
 use super::folder::ImageFolder;
 use super::save;
+use super::sharing;
 use super::subject::{Subject, all, find};
 use super::wake::{Sleeper, Woken, wake};
 use crate::copy::{self, Ledger, Quiesced};
@@ -245,6 +246,9 @@ impl Checkpoint<'_> {
             }
             let table = library.table(0)?;
             subject.apply(table, self.wire)?;
+        }
+        sharing::resolve(&mut self.subjects)?;
+        for subject in &mut self.subjects {
             match subject.import(self.device.as_ref()) {
                 Err(EngineError::Driver { source, .. }) if source.is_no_room() => self.no_room = true,
                 other => other?,
@@ -270,7 +274,7 @@ impl Checkpoint<'_> {
         session: &mut Session<'_>,
         parent: Option<&ParentEntry>,
     ) -> Result<CopyPlan, EngineError> {
-        let demand = plan::demand_by_gpu(self.subjects.iter().flat_map(|s| &s.pieces).map(|p| &p.held));
+        let demand = plan::demand_by_gpu(self.subjects.iter().flat_map(Subject::owned).map(|p| &p.held));
         let bytes = demand.values().sum();
         let mut fits = plan::snapshot_fits(&demand, &self.device.gpus()?, SPARE_RESERVE);
         if parent.is_some() {
@@ -313,10 +317,11 @@ impl Checkpoint<'_> {
             if let Some(library) = &subject.library {
                 let update = library.table(subject.generation)?;
                 subject.apply(update, self.wire)?;
-                subject.import(self.device.as_ref())?;
             }
         }
-        Ok(())
+        sharing::resolve(&mut self.subjects)?;
+        let device = self.device.clone();
+        self.subjects.iter_mut().try_for_each(|s| s.import(device.as_ref()))
     }
 
     /// Allocates what is needed while the program stands still.
@@ -449,6 +454,8 @@ impl Checkpoint<'_> {
             let update = library.park(subject.generation, drain, PARK_LOW_STACK | PARK_PREFAULT)?;
             subject.apply(update, wire)
         })?;
+        // Refused here, nothing has been taken away yet.
+        sharing::resolve(&mut self.subjects)?;
         let progress = self.progress;
         let timings = all(&mut self.subjects, |subject| match subject.library.take() {
             Some(library) => {

@@ -6,6 +6,7 @@ mod folder;
 mod recover;
 mod restore;
 mod save;
+mod sharing;
 mod subject;
 mod wake;
 

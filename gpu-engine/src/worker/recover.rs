@@ -10,6 +10,7 @@ use phos_protocol::message::Entry;
 
 use super::folder;
 use super::save;
+use super::sharing;
 use super::subject::{Piece, Subject};
 use super::wake::{Sleeper, wake};
 use crate::copy::{self, Ledger};
@@ -129,9 +130,10 @@ fn finish(
     let mut subjects: Vec<Subject> = inherited.processes.into_iter().map(Subject::new).collect();
     for (pid, held, fd) in inherited.memory {
         if let Some(subject) = subjects.iter_mut().find(|s| s.kept.pid == pid) {
-            subject.pieces.push(Piece { held, fd, region: None });
+            subject.pieces.push(Piece { held, fd, region: None, owner: None });
         }
     }
+    sharing::resolve(&mut subjects)?;
     subjects.iter_mut().try_for_each(|s| s.import(device))?;
     let mut report = CheckpointReport { processes: subjects.len() as u32, ..CheckpointReport::default() };
     report.warnings.push("the checkpoint worker was ended; another one finished the image".into());

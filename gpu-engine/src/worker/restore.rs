@@ -125,15 +125,18 @@ impl Restore {
         for (index, wanted) in manifest.processes.iter().enumerate() {
             let found = restored.iter().find(|p| p.own_pid == wanted.pid);
             let process = found.ok_or(EngineError::MissingProcess { own_pid: wanted.pid })?;
-            let memory = manifest
-                .allocations
-                .iter()
-                .zip(self.regions.iter())
-                .filter(|(a, _)| a.process as usize == index)
-                .map(|(a, region)| {
+            let own = manifest.allocations.iter().zip(self.regions.iter());
+            let own = own.filter(|(a, _)| a.process as usize == index).map(|(a, region)| (a.id, a, region));
+            let shared = manifest.shared.iter().filter(|s| s.process as usize == index);
+            let shared = shared.map(|s| {
+                (s.id, &manifest.allocations[s.allocation as usize], &self.regions[s.allocation as usize])
+            });
+            let memory = own
+                .chain(shared)
+                .map(|(id, a, region)| {
                     let region = region.get().ok_or(EngineError::Order("memory that is not allocated"))?;
                     let entry = Entry {
-                        id: a.id,
+                        id,
                         device: region.gpu.0,
                         address: a.address,
                         size: a.size,

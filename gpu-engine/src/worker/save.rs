@@ -5,13 +5,14 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 use std::{fs, io};
 
-use super::subject::Subject;
+use super::subject::{Piece, Subject};
 use crate::copy::{BlockId, ChunkRef, Ledger};
 use crate::device::{Device, GpuId};
 use crate::error::EngineError;
 use crate::image::{
-    Allocation, CHUNK, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, GpuEntry, Image, ImageError,
-    ImageWriter, IndexEntry, LibraryEntry, Location, Manifest, ParentEntry, ProcessEntry, Saved, VERSION,
+    Allocation, CHUNK, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, GpuEntry, Image,
+    ImageError, ImageWriter, IndexEntry, LibraryEntry, Location, Manifest, ParentEntry, ProcessEntry, Saved,
+    SharedEntry, VERSION,
 };
 use crate::job::{CheckpointJob, CheckpointReport};
 
@@ -19,7 +20,7 @@ use crate::job::{CheckpointJob, CheckpointReport};
 pub fn update(ledger: &mut Ledger, subjects: &[Subject]) {
     let mut live = std::collections::BTreeSet::<BlockId>::new();
     for (process, subject) in subjects.iter().enumerate() {
-        for piece in &subject.pieces {
+        for piece in subject.owned() {
             let id = (process as u32, piece.held.id);
             live.insert(id);
             if let Some(region) = &piece.region {
@@ -86,6 +87,18 @@ pub(super) fn library_entry(path: &Path) -> io::Result<LibraryEntry> {
     Ok(LibraryEntry { size: bytes.len() as u64, digest })
 }
 
+/// The entries of processes that use memory which another entry stands for.
+fn shared_entries(subjects: &[Subject], allocations: &[Allocation]) -> Vec<SharedEntry> {
+    let numbers: BTreeMap<BlockId, u32> =
+        allocations.iter().zip(0..).map(|(a, n)| ((a.process, a.id), n)).collect();
+    let entries = subjects.iter().zip(0..).flat_map(|(subject, process)| {
+        let of_piece = |p: &Piece| Some((p.held.id, *numbers.get(&p.owner?)?));
+        let mine = subject.pieces.iter().filter_map(of_piece);
+        mine.map(move |(id, allocation)| SharedEntry { process, id, allocation }).collect::<Vec<_>>()
+    });
+    entries.collect()
+}
+
 /// Completes the image.
 pub fn commit(
     device: &dyn Device,
@@ -106,7 +119,7 @@ pub fn commit(
             command: subject.kept.command.clone(),
             has_library: subject.kept.has_library,
         });
-        for piece in &subject.pieces {
+        for piece in subject.owned() {
             let uuid = GpuId(piece.held.device);
             let gpu = match gpus.iter().position(|g| g.uuid == uuid) {
                 Some(i) => i,
@@ -137,6 +150,7 @@ pub fn commit(
             }
         }
     }
+    let shared = shared_entries(subjects, &allocations);
     let library = match &job.library {
         Some(path) => Some(
             library_entry(path).map_err(|source| EngineError::Io { what: "reading libphos.so", source })?,
@@ -144,7 +158,11 @@ pub fn commit(
         None => None,
     };
     let driver = device.driver();
-    let features = [(parent.is_some(), FEATURE_PARENT), (job.pre_dump, FEATURE_PRE_DUMP)];
+    let features = [
+        (parent.is_some(), FEATURE_PARENT),
+        (job.pre_dump, FEATURE_PRE_DUMP),
+        (!shared.is_empty(), FEATURE_SHARED),
+    ];
     let manifest = Manifest {
         version: VERSION,
         features: features.iter().filter(|(on, _)| *on).map(|(_, name)| name.to_string()).collect(),
@@ -159,6 +177,7 @@ pub fn commit(
         gpus,
         processes,
         allocations,
+        shared,
         files: Vec::new(),
         index: IndexEntry { size: 0, digest: String::new() },
         parent,

@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
 
+use crate::copy::BlockId;
 use crate::device::{Device, GpuId, Region};
 use crate::error::EngineError;
 use crate::keeper::wire::{Held, KeptProcess, Packet, Phase, Wire};
@@ -17,6 +18,8 @@ pub struct Piece {
     pub fd: OwnedFd,
     /// Mapped here, once it has been needed.
     pub region: Option<Region>,
+    /// The entry that stands for the same memory, if it is another one; see [`super::sharing`].
+    pub owner: Option<BlockId>,
 }
 
 /// One GPU process.
@@ -55,7 +58,7 @@ impl Subject {
         }
         let added: Vec<_> = update.added.iter().map(|(e, fd)| (Held::from(e), fd.as_raw_fd())).collect();
         wire.hold(pid, &added)?;
-        let piece = |(e, fd)| Piece { held: Held::from(&e), fd, region: None };
+        let piece = |(e, fd)| Piece { held: Held::from(&e), fd, region: None, owner: None };
         self.pieces.extend(update.added.into_iter().map(piece));
         self.generation = update.generation;
         if self.pieces.len() as u64 != update.live {
@@ -65,9 +68,9 @@ impl Subject {
         Ok(())
     }
 
-    /// Maps every piece that is not mapped yet into this process.
+    /// Maps every piece that stands for memory and is not mapped yet into this process.
     pub fn import(&mut self, device: &dyn Device) -> Result<(), EngineError> {
-        for piece in &mut self.pieces {
+        for piece in self.pieces.iter_mut().filter(|p| p.owner.is_none()) {
             if piece.region.is_none() {
                 let region = device
                     .import(GpuId(piece.held.device), piece.fd.as_fd(), piece.held.size)
@@ -78,9 +81,14 @@ impl Subject {
         Ok(())
     }
 
+    /// The pieces that stand for memory.
+    pub fn owned(&self) -> impl Iterator<Item = &Piece> {
+        self.pieces.iter().filter(|p| p.owner.is_none())
+    }
+
     /// Bytes of GPU memory in `pieces`.
     pub fn bytes(&self) -> u64 {
-        self.pieces.iter().map(|p| p.held.size).sum()
+        self.owned().map(|p| p.held.size).sum()
     }
 }
 

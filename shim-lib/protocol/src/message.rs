@@ -56,6 +56,8 @@ pub const CLASS_POOL: u32 = 4;
 
 /// The allocation asked for `gpuDirectRDMACapable`.
 pub const FLAG_RDMA: u32 = 1;
+/// Imported, and surely from a process of the same container: it came by CUDA IPC, which the library emulates there.
+pub const FLAG_INSIDE: u32 = 2;
 
 /// Length of one encoded [`Entry`] in bytes.
 pub const ENTRY_LEN: usize = 56;

@@ -23,3 +23,9 @@ pub const HOST_SOCKET: &str = "host.sock";
 pub fn library_socket(pid: i32) -> String {
     format!("{pid}.sock")
 }
+
+/// Where the library of process `pid` gives out the memory that the process shares by CUDA IPC, likewise. Only libraries
+/// of the same container talk there.
+pub fn sharing_socket(pid: i32) -> String {
+    format!("{pid}.ipc")
+}
