@@ -296,7 +296,10 @@ impl Library {
                     for (entry, fd) in entries.into_iter().zip(fds) {
                         // What was imported and not mapped has no size of its own.
                         let unmapped = entry.class == CLASS_IMPORTED && entry.size == 0;
-                        if entry.size == 0 && !unmapped || entry.size % CHUNK as u64 != 0 || entry.size > 1 << 46 {
+                        if entry.size == 0 && !unmapped
+                            || entry.size % CHUNK as u64 != 0
+                            || entry.size > 1 << 46
+                        {
                             return Err(self.broke(format!("an allocation of {} bytes", entry.size)));
                         }
                         if !ids.insert(entry.id) {

@@ -47,6 +47,7 @@ pub fn manifest(gpu: &GpuInfo, regions: &[Region], size: u64) -> Manifest {
         gpus: vec![GpuEntry { uuid: gpu.id, name: gpu.name.clone(), total_bytes: gpu.total }],
         processes: vec![ProcessEntry { pid: 1, command: "none".into(), has_library: true }],
         allocations: regions.iter().enumerate().map(allocation).collect(),
+        shared: vec![],
         files: vec![],
         index: IndexEntry { size: 0, digest: String::new() },
         parent: None,

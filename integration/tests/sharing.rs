@@ -1,6 +1,8 @@
 //! What a process shares with others: CUDA IPC between processes of one container, memory by file descriptor, and what stays
 //! the driver's and prevents a checkpoint.
 
+#![allow(clippy::unwrap_used, reason = "the tests' steps are functions of their own")]
+
 use std::env;
 use std::ffi::c_void;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -213,7 +215,8 @@ fn memory_by_ipc() {
 
     // Any address of an allocation names all of it; small ones keep their places.
     let theirs = partner.open(handle_of(&app, large + 100)).unwrap();
-    let (one, two) = (partner.open(handle_of(&app, first)).unwrap(), partner.open(handle_of(&app, small)).unwrap());
+    let (one, two) =
+        (partner.open(handle_of(&app, first)).unwrap(), partner.open(handle_of(&app, small)).unwrap());
     assert_eq!(two - one, small - first);
     assert_eq!([theirs, one, two].map(|a| partner.ask(&format!("read {a}")).unwrap()), [1, 2, 3]);
     // Opened again it is the same, and stays until it is closed as often.
@@ -223,7 +226,10 @@ fn memory_by_ipc() {
     assert_eq!(app.read(large, 100), [11; 100]);
 
     // Parked and attached it is still one memory, in both directions, and more can be opened.
-    assert!(blockers(&app).is_empty() && app.library_of(partner.pid()).unwrap().query().unwrap().blockers.is_empty());
+    assert!(
+        blockers(&app).is_empty()
+            && app.library_of(partner.pid()).unwrap().query().unwrap().blockers.is_empty()
+    );
     for round in 0..2 {
         assert_eq!(both_away(&app, &partner), 6 * MIB as u64);
         app.fill(large, 21 + round, 100);

@@ -41,8 +41,17 @@ pub fn run(args: &Args) -> Result<i32> {
     for (i, p) in m.processes.iter().enumerate() {
         let of = m.allocations.iter().filter(|a| a.process as usize == i);
         let (count, bytes) = of.fold((0, 0), |(n, b), a| (n + 1, b + a.size));
+        let shared = match m.shared.iter().filter(|s| s.process as usize == i).count() {
+            0 => String::new(),
+            n => format!(", {n} shared with another process"),
+        };
         let how = if p.has_library { "" } else { " (saved by the driver alone)" };
-        println!("process     {} {}: {count} allocations, {} MiB{how}", p.pid, p.command, bytes / MIB);
+        println!(
+            "process     {} {}: {count} allocations, {} MiB{shared}{how}",
+            p.pid,
+            p.command,
+            bytes / MIB
+        );
     }
     println!(
         "gpu memory  {} MiB, {} MiB stored in {} files",

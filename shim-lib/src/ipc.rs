@@ -15,8 +15,8 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use phos_protocol::message::{CLASS_IMPORTED, CLASS_PLAIN, CLASS_SMALL, FLAG_INSIDE};
 
 use crate::cuda::{
-    ACCESS_READ_WRITE, AccessDesc, DeviceOrdinal, DevicePtr, HANDLE_FD, IPC_LAZY_PEER_ACCESS,
-    INVALID_CONTEXT, INVALID_VALUE, IpcHandle, LOCATION_DEVICE, Location, SUCCESS, Status,
+    ACCESS_READ_WRITE, AccessDesc, DeviceOrdinal, DevicePtr, HANDLE_FD, INVALID_CONTEXT, INVALID_VALUE,
+    IPC_LAZY_PEER_ACCESS, IpcHandle, LOCATION_DEVICE, Location, SUCCESS, Status,
 };
 use crate::fds::Kept;
 use crate::ipc_door::{self, Given};
@@ -83,7 +83,8 @@ impl Name {
         let (identity, rest) = rest.split_first_chunk::<8>()?;
         let (id, rest) = rest.split_first_chunk::<8>()?;
         let (offset, _) = rest.split_first_chunk::<8>()?;
-        let kind = [Kind::Memory, Kind::Event].into_iter().find(|k| u32::from_le_bytes(*kind) == *k as u32)?;
+        let kind =
+            [Kind::Memory, Kind::Event].into_iter().find(|k| u32::from_le_bytes(*kind) == *k as u32)?;
         (*magic == MAGIC).then_some(Name {
             kind,
             pid: i32::from_le_bytes(*pid),
@@ -286,7 +287,11 @@ fn open(
 /// # Safety
 /// As the driver's function.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuIpcOpenMemHandle(pointer: *mut DevicePtr, handle: IpcHandle, flags: u32) -> Status {
+pub unsafe extern "C" fn cuIpcOpenMemHandle(
+    pointer: *mut DevicePtr,
+    handle: IpcHandle,
+    flags: u32,
+) -> Status {
     open(pointer, handle, flags, api().ipc_open_1)
 }
 
@@ -307,7 +312,8 @@ pub unsafe extern "C" fn cuIpcOpenMemHandle_v2(
 pub unsafe extern "C" fn cuIpcCloseMemHandle(pointer: DevicePtr) -> Status {
     let _pass = gate::gate();
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(at) = opened.iter().position(|o| (o.address..o.address + o.len as u64).contains(&pointer)) else {
+    let Some(at) = opened.iter().position(|o| (o.address..o.address + o.len as u64).contains(&pointer))
+    else {
         // SAFETY: the argument is the caller's.
         return unsafe { (api().ipc_close)(pointer) };
     };

@@ -107,8 +107,7 @@ fn serve(listener: Kept) {
     // A program may have closed it, and use its number for something else.
     while let Some(fd) = listener.get() {
         // SAFETY: a plain system call on a socket of this library.
-        let fd =
-            unsafe { libc::accept4(fd, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
+        let fd = unsafe { libc::accept4(fd, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
         if fd < 0 {
             match std::io::Error::last_os_error().raw_os_error() {
                 // The door was closed.

@@ -223,7 +223,10 @@ impl Manifest {
             if s.allocation as usize >= self.allocations.len()
                 || !self.processes.get(s.process as usize).is_some_and(|p| p.has_library)
             {
-                return Err(format!("shared entry {} names an allocation or process that is not listed", s.id));
+                return Err(format!(
+                    "shared entry {} names an allocation or process that is not listed",
+                    s.id
+                ));
             }
             if !ids.insert((s.process, s.id)) {
                 return Err(format!("entry {} is listed twice", s.id));

@@ -154,7 +154,18 @@ fn damaged_manifests_are_refused_in_words() {
         ("\"id\": 1", "\"id\": 0", "twice"),
         ("\"pid\": 1", "\"pid\": -1", "cannot exist"),
     ];
-    for (from, to, expected) in cases {
+    let shared = |entry: &str| format!("\"shared\": [{entry}], \"files\": [");
+    let entry = |process, id, allocation| {
+        shared(&format!(r#"{{"process": {process}, "id": {id}, "allocation": {allocation}}}"#))
+    };
+    let lists = [
+        (entry(0, 9, 0), "'shared' and the entries"),
+        (entry(0, 9, 2), "shared entry 9"),
+        (entry(1, 9, 0), "shared entry 9"),
+        (entry(0, 1, 0), "entry 1 is listed twice"),
+    ];
+    let lists = lists.iter().map(|(to, expected)| ("\"files\": [", to.as_str(), *expected));
+    for (from, to, expected) in cases.into_iter().chain(lists) {
         assert!(good.contains(from), "{from}");
         fs::write(&path, good.replacen(from, to, 1)).unwrap();
         let error = Image::open(folder.path()).unwrap_err().to_string();

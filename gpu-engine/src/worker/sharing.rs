@@ -61,8 +61,11 @@ pub fn resolve(subjects: &mut [Subject]) -> Result<(), EngineError> {
     if !subjects.iter().flat_map(|s| &s.pieces).any(imported) {
         return Ok(());
     }
-    let places: Vec<(usize, usize)> =
-        subjects.iter().enumerate().flat_map(|(s, subject)| (0..subject.pieces.len()).map(move |p| (s, p))).collect();
+    let places: Vec<(usize, usize)> = subjects
+        .iter()
+        .enumerate()
+        .flat_map(|(s, subject)| (0..subject.pieces.len()).map(move |p| (s, p)))
+        .collect();
     let fds: Vec<RawFd> = places.iter().map(|(s, p)| subjects[*s].pieces[*p].fd.as_raw_fd()).collect();
     let groups =
         groups(&fds).map_err(|source| EngineError::Io { what: "comparing descriptors (kcmp)", source })?;

@@ -37,6 +37,11 @@ pub struct Access {
     pub flags: u32,
 }
 
+/// `CUipcMemHandle`, which is passed by value.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IpcHandle(pub [u8; 64]);
+
 macro_rules! driver {
     ($($method:ident = $symbol:literal ( $($arg:ident: $type:ty),* );)*) => {
         /// The driver's functions.
@@ -92,6 +97,10 @@ driver! {
     create = "cuMemCreate"(handle: *mut u64, size: usize, prop: *const Prop, flags: u64);
     map = "cuMemMap"(address: u64, size: usize, offset: usize, handle: u64, flags: u64);
     set_access = "cuMemSetAccess"(address: u64, size: usize, access: *const Access, count: usize);
+    export = "cuMemExportToShareableHandle"(to: Handle, handle: u64, kind: u32, flags: u64);
+    import = "cuMemImportFromShareableHandle"(handle: *mut u64, from: Handle, kind: u32);
+    ipc_get = "cuIpcGetMemHandle"(handle: *mut IpcHandle, pointer: u64);
+    ipc_open = "cuIpcOpenMemHandle"(pointer: *mut u64, handle: IpcHandle, flags: u32);
     memset = "cuMemsetD32"(address: u64, value: u32, count: usize);
     copy_out = "cuMemcpyDtoH"(to: Handle, from: u64, len: usize);
     launch = "cuLaunchKernel"(

@@ -8,8 +8,10 @@
 //! `step=N digest=H ok=1 t_ms=T gap_ms=G`, where G is the longest time between two steps so far.
 
 mod bench;
+mod churn;
 mod cuda;
 mod model;
+mod pair;
 mod state;
 
 use std::fs::File;
@@ -21,10 +23,13 @@ use std::{env, thread};
 
 use anyhow::{Context, Result, bail};
 
+use crate::churn::Churn;
 use crate::cuda::Cuda;
+use crate::pair::Pair;
 use crate::state::State;
 
-const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--small N] [--steps N] [--step-ms N] [--verify-every N] [--stop-file FILE] [--hang-file FILE]
+const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--small N] [--steps N] [--step-ms N] [--verify-every N] [--stop-file FILE] [--hang-file FILE] [--churn N]
+       phos-sample --out FILE --pair [--steps N] [--step-ms N] [--stop-file FILE]
        phos-sample --bench N
 
   --out FILE          where the status lines go
@@ -34,6 +39,8 @@ const USAGE: &str = "usage: phos-sample --out FILE [--mib N] [--small N] [--step
   --step-ms N         wait so long after each step (5)
   --verify-every N    verify the whole state every so many steps (1)
   --stop-file FILE    end when this file exists
+  --churn N           N threads that make no CUDA call map and unmap, allocate and free host memory all the time (0)
+  --pair              no memory of its own: two processes share memory by CUDA IPC and by descriptor, and verify it in turn
   --bench N           no steps: print what N empty launches and N/100 allocations cost, in ns
   --hang-file FILE    while this file exists, keep the GPU busy with one kernel that does not end";
 
@@ -47,6 +54,8 @@ struct Options {
     stop_file: Option<PathBuf>,
     hang_file: Option<PathBuf>,
     bench: usize,
+    churn: usize,
+    pair: bool,
 }
 
 fn options() -> Result<Options> {
@@ -60,6 +69,8 @@ fn options() -> Result<Options> {
         stop_file: None,
         hang_file: None,
         bench: 0,
+        churn: 0,
+        pair: false,
     };
     let mut words = env::args_os().skip(1);
     while let Some(word) = words.next() {
@@ -67,6 +78,10 @@ fn options() -> Result<Options> {
         if name == "--help" {
             println!("{USAGE}");
             std::process::exit(0);
+        }
+        if name == "--pair" {
+            o.pair = true;
+            continue;
         }
         let value = words.next().with_context(|| format!("{name} needs a value\n{USAGE}"))?;
         let number = || -> Result<u64> {
@@ -80,6 +95,7 @@ fn options() -> Result<Options> {
             "--step-ms" => o.step_ms = number()?,
             "--verify-every" => o.verify_every = number()?.max(1),
             "--stop-file" => o.stop_file = Some(value.into()),
+            "--churn" => o.churn = number()? as usize,
             "--bench" => o.bench = number()? as usize,
             "--hang-file" => o.hang_file = Some(value.into()),
             _ => bail!("unknown option {name}\n{USAGE}"),
@@ -98,13 +114,26 @@ fn monotonic_ms() -> u128 {
     t.tv_sec as u128 * 1000 + t.tv_nsec as u128 / 1_000_000
 }
 
+/// What is stepped and verified.
+enum Work<'a> {
+    Own(State<'a>),
+    Shared(Pair<'a>),
+}
+
 fn run() -> Result<()> {
+    if env::args_os().nth(1).is_some_and(|word| word == "--partner") {
+        return Pair::partner(&Cuda::load()?);
+    }
     let options = options()?;
     let cuda = Cuda::load()?;
     if options.bench > 0 {
         return bench::run(&cuda, options.bench);
     }
-    let mut state = State::allocate(&cuda, options.mib << 20, options.small as usize)?;
+    let churn = Churn::start(options.churn);
+    let mut work = match options.pair {
+        true => Work::Shared(Pair::start(&cuda)?),
+        false => Work::Own(State::allocate(&cuda, options.mib << 20, options.small as usize)?),
+    };
     let mut longest = Duration::ZERO;
     let mut last = Instant::now();
     let stop = |step: u64| {
@@ -112,15 +141,24 @@ fn run() -> Result<()> {
     };
     let mut step = 0;
     while !stop(step) {
-        if let Some(file) = options.hang_file.as_ref().filter(|f| f.exists()) {
-            state.hang(|| file.exists())?;
-        }
-        state.advance(step)?;
+        let verified = match &mut work {
+            Work::Own(state) => {
+                if let Some(file) = options.hang_file.as_ref().filter(|f| f.exists()) {
+                    state.hang(|| file.exists())?;
+                }
+                state.advance(step)?;
+                None
+            }
+            Work::Shared(pair) => Some(pair.step(step)?),
+        };
         step += 1;
         longest = longest.max(last.elapsed());
         last = Instant::now();
         if step % options.verify_every == 0 {
-            let (digest, ok) = state.verify()?;
+            let (digest, ok) = match &work {
+                Work::Own(state) => state.verify()?,
+                Work::Shared(_) => verified.unwrap_or_default(),
+            };
             // Opened and closed each time: a checkpointed program must not hold a file that grows behind its back.
             let mut out = File::options().create(true).append(true).open(&options.out)?;
             let line = format!(
@@ -130,6 +168,9 @@ fn run() -> Result<()> {
                 longest.as_millis()
             );
             out.write_all(line.as_bytes())?;
+            if !churn.is_whole() {
+                bail!("step {step}: a thread found its memory changed");
+            }
             if !ok {
                 bail!("step {step}: the state on the GPU is not what it must be");
             }

@@ -11,7 +11,8 @@ use anyhow::Result;
 use crate::cuda::{Access, Cuda, Handle, Prop};
 use crate::model::Line;
 
-const PTX: &str = include_str!("../kernels/sample.ptx");
+/// The kernels.
+pub const PTX: &str = include_str!("../kernels/sample.ptx");
 /// Granularity of the virtual-memory calls.
 const BLOCK: u64 = 2 << 20;
 /// Largest plain allocation.
