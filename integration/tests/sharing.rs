@@ -231,7 +231,7 @@ fn memory_by_ipc() {
             && app.library_of(partner.pid()).unwrap().query().unwrap().blockers.is_empty()
     );
     for round in 0..2 {
-        assert_eq!(both_away(&app, &partner), 6 * MIB as u64);
+        assert!(both_away(&app, &partner) >= 5 * MIB as u64);
         app.fill(large, 21 + round, 100);
         assert_eq!(partner.ask(&format!("read {theirs}")), Ok(u64::from(21 + round)));
         partner.ask(&format!("fill {two} {}", 31 + round)).unwrap();
@@ -242,12 +242,22 @@ fn memory_by_ipc() {
         app.free(another);
     }
 
+    // Memory that runs out moves nothing that is shared.
+    let mut held = Vec::new();
+    let mut piece = 0u64;
+    while app.call("cuMemAlloc_v2", &[out(&mut piece), 64 * MIB]) == 0 {
+        held.push(piece);
+    }
+    held.into_iter().for_each(|a| app.free(a));
+    app.fill(large, 24, 100);
+    assert_eq!(partner.ask(&format!("read {theirs}")), Ok(24));
+
     // Freed here first, it lives there until it is closed; nobody can open it any more.
     let handle = handle_of(&app, large);
     app.free(large);
-    assert_eq!(partner.ask(&format!("read {theirs}")), Ok(22));
+    assert_eq!(partner.ask(&format!("read {theirs}")), Ok(24));
     both_away(&app, &partner);
-    assert_eq!(partner.ask(&format!("read {theirs}")), Ok(22));
+    assert_eq!(partner.ask(&format!("read {theirs}")), Ok(24));
     partner.ask(&format!("close {theirs}")).unwrap();
     assert!(partner.ask(&format!("close {theirs}")).is_err());
     assert_eq!(partner.open(handle), Err(INVALID_HANDLE));
