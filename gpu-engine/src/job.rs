@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::image::Codec;
 use crate::progress::Span;
 
 /// How memory gets from the GPU into the image while the program stands still as briefly as possible.
@@ -118,6 +119,8 @@ pub struct CheckpointJob {
     pub lower_resume: CommandLine,
     /// How to copy.
     pub strategy: Strategy,
+    /// How to pack what is copied.
+    pub compression: Codec,
     /// Limits.
     pub timeouts: Timeouts,
     /// The container's configuration as it really runs (after injection), for restore.
@@ -128,6 +131,17 @@ pub struct CheckpointJob {
     pub lower_version: String,
     /// CRIU's version, for the record.
     pub criu_version: String,
+}
+
+impl CheckpointJob {
+    /// Bytes that an image folder must have room for, for so many bytes of GPU memory. How small packing makes them shows
+    /// only when it is done.
+    pub(crate) fn bytes_in_files(&self, gpu_bytes: u64) -> u64 {
+        match self.compression {
+            Codec::None => gpu_bytes + gpu_bytes / 64,
+            Codec::Lz4 | Codec::Zstd => 0,
+        }
+    }
 }
 
 /// One restore of one container.

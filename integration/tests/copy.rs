@@ -11,7 +11,7 @@ use std::{env, fs, thread};
 
 use phos_engine::copy::{self, Session, Tuning};
 use phos_engine::device::{Device, Region, cuda};
-use phos_engine::image::{CHUNK, Image, ImageWriter, data_file};
+use phos_engine::image::{CHUNK, Codec, Image, ImageWriter, Unpacker, data_file};
 use phos_engine::progress::Progress;
 use phos_integration::{memory, tools};
 
@@ -59,10 +59,10 @@ fn contents(memory: &[&[AtomicU64]]) -> Vec<u8> {
 fn read(folder: &Path) -> Vec<u8> {
     let image = Image::open(folder).unwrap();
     let mut all = Vec::new();
-    let mut buffer = vec![0; SIZE];
+    let (mut buffer, mut unpacker) = (vec![0; SIZE], Unpacker::default());
     for a in &image.manifest.allocations {
         for extent in image.extents(a, SIZE) {
-            image.read(&extent, &mut buffer).unwrap();
+            image.read(&extent, &mut buffer, &mut unpacker).unwrap();
             all.extend_from_slice(&buffer[..extent.count as usize * CHUNK]);
         }
     }
@@ -103,7 +103,7 @@ fn torn(count: usize, validate: bool) -> usize {
         for n in 0..count {
             let folder = tempfile::tempdir_in("/dev/shm").unwrap();
             let ledger = memory::ledger(&regions, SIZE as u64);
-            let writer = ImageWriter::create(folder.path(), 2).unwrap();
+            let writer = ImageWriter::create(folder.path(), 2, Codec::None).unwrap();
             let mut session = Session::prepare(device.as_ref(), &progress, writer, tuning, ledger).unwrap();
             // No spare memory, too little of it, enough.
             let spare = [0, 3 * CHUNK, BLOCKS * SIZE][n % 3] as u64;
@@ -165,7 +165,7 @@ fn what_is_loaded_is_what_was_saved_or_it_is_refused() {
             .for_each(|(n, w)| w.store(n as u64 * 3 + 1, Ordering::Relaxed));
     }
     let folder = tempfile::tempdir().unwrap();
-    let writer = ImageWriter::create(folder.path(), 2).unwrap();
+    let writer = ImageWriter::create(folder.path(), 2, Codec::None).unwrap();
     let progress = Progress::default();
     let tuning = Tuning { lanes: 2, piece: 2 * CHUNK };
     let ledger = memory::ledger(&regions, SIZE as u64);

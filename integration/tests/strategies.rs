@@ -152,3 +152,41 @@ fn full_gpu(tools: &Tools) -> Result<()> {
 fn a_gpu_without_room_for_the_worker_is_saved_too() {
     sandboxed("a_gpu_without_room_for_the_worker_is_saved_too", |tools| full_gpu(tools).unwrap());
 }
+
+fn packed(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    for codec in ["lz4", "zstd"] {
+        let container = place.sample(&["--mib", "40"])?;
+        container.annotate("phos.compression", codec)?;
+        container.start()?;
+        container.steps(3)?;
+        container.checkpoint_with("running", &["--leave-running"])?;
+        let text = container.place.command(
+            &container.runtime,
+            &["inspect", "--verify", &container.image("running").display().to_string()],
+            false,
+        )?;
+        assert!(text.text.contains(&format!("packed by {codec}")), "{}", text.text);
+        container.steps(3)?;
+        let parent = format!("../{}.running", container.id);
+        container.checkpoint_with("stopped", &["--parent-path", &parent])?;
+        comes_back(&container, "stopped")?;
+        comes_back(&container, "running")?;
+        container.try_verb("delete", &["--force"])?;
+    }
+    let container = place.sample(&["--mib", "8"])?;
+    container.annotate("phos.compression", "gzip")?;
+    container.start()?;
+    container.steps(1)?;
+    assert_ne!(container.try_checkpoint_with("no", &["--leave-running"])?.status, 0);
+    let error = container.last_error()?;
+    assert!(error.contains("gzip") && error.contains("use none, lz4 or zstd"), "{error}");
+    container.steps(1)?;
+    container.try_verb("delete", &["--force"])?;
+    Ok(())
+}
+
+#[test]
+fn packed_images_are_restored_and_built_upon() {
+    sandboxed("packed_images_are_restored_and_built_upon", |tools| packed(tools).unwrap());
+}

@@ -160,6 +160,7 @@ pub fn run(run: &Context) -> Result<i32> {
         lower_pause: run.lower.command_line(args, &["pause", id]),
         lower_resume: run.lower.command_line(args, &["resume", id]),
         strategy: run.config.strategy(annotation(&effective_spec, "phos.strategy"))?,
+        compression: run.config.compression(annotation(&effective_spec, "phos.compression"))?,
         timeouts: run.config.timeouts(),
         effective_spec,
         library: (own_state && library.exists()).then_some(library),

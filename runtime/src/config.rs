@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 use anyhow::{Context, Result, bail};
+use phos_engine::image::Codec;
 use phos_engine::job::{Strategy, Timeouts};
 use phos_hooks::Mode;
 use serde::Deserialize;
@@ -31,6 +32,8 @@ pub struct Config {
     pub inject: Option<String>,
     /// `auto`, `snapshot`, `precopy` or `stop` (`PHOS_STRATEGY`, annotation `phos.strategy`).
     pub strategy: Option<String>,
+    /// `none`, `lz4` or `zstd` (`PHOS_COMPRESSION`, annotation `phos.compression`).
+    pub compression: Option<String>,
     /// Seconds the GPU may take to finish its work before a checkpoint.
     pub drain_timeout: Option<u64>,
     /// Seconds the lower runtime's checkpoint may take.
@@ -110,6 +113,15 @@ impl Config {
         let named =
             env::var("PHOS_STRATEGY").ok().or(annotation.map(Into::into)).or_else(|| self.strategy.clone());
         named.map_or(Ok(Strategy::Auto), |s| s.parse().map_err(anyhow::Error::msg))
+    }
+
+    /// How what is copied is packed; as with [`Config::strategy`].
+    pub fn compression(&self, annotation: Option<&str>) -> Result<Codec> {
+        let named = env::var("PHOS_COMPRESSION")
+            .ok()
+            .or(annotation.map(Into::into))
+            .or_else(|| self.compression.clone());
+        named.map_or(Ok(Codec::None), |s| s.parse().map_err(anyhow::Error::msg))
     }
 
     /// Limits on waiting.
@@ -209,5 +221,7 @@ mod tests {
         assert!(Config::parse("criu = 5").is_err());
         let config = Config { strategy: Some("fast".into()), ..Config::default() };
         assert!(config.strategy(None).unwrap_err().to_string().contains("fast"));
+        assert_eq!(config.compression(None).unwrap(), Codec::None);
+        assert!(config.compression(Some("gzip")).unwrap_err().to_string().contains("none, lz4 or zstd"));
     }
 }

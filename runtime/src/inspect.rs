@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use phos_engine::image::Image;
+use phos_engine::image::{Codec, Image};
 
 use crate::args::Args;
 use crate::log::rfc3339;
@@ -53,8 +53,12 @@ pub fn run(args: &Args) -> Result<i32> {
             bytes / MIB
         );
     }
+    let packed = match Codec::of(&m.features) {
+        Ok(codec) if codec != Codec::None => format!(", packed by {codec}"),
+        _ => String::new(),
+    };
     println!(
-        "gpu memory  {} MiB, {} MiB stored in {} files",
+        "gpu memory  {} MiB, {} MiB stored in {} files{packed}",
         m.gpu_bytes() / MIB,
         stored / MIB,
         m.files.len()

@@ -16,7 +16,7 @@ use super::lanes::{Ring, Tuning};
 use super::scan::{Addresses, Scanner};
 use crate::device::{Device, GpuId, Pinned, Region, Stream};
 use crate::error::EngineError;
-use crate::image::{CHUNK, Extent, Image, Location};
+use crate::image::{CHUNK, Extent, Image, Location, Unpacker};
 use crate::progress::Progress;
 
 /// Name of the loading in timelines.
@@ -173,6 +173,7 @@ struct Lane<'a> {
     /// The GPU that a buffer is on its way to.
     busy: [Option<GpuId>; 2],
     ring: Ring,
+    unpacker: Unpacker,
 }
 
 impl<'a> Lane<'a> {
@@ -183,7 +184,15 @@ impl<'a> Lane<'a> {
         piece: usize,
     ) -> Result<Self, EngineError> {
         let ring = Ring::allocate(device, piece)?;
-        Ok(Lane { device, image, regions, streams: BTreeMap::new(), busy: [None; 2], ring })
+        Ok(Lane {
+            device,
+            image,
+            regions,
+            streams: BTreeMap::new(),
+            busy: [None; 2],
+            ring,
+            unpacker: Unpacker::default(),
+        })
     }
 
     /// The stream of a GPU and a buffer, with that buffer.
@@ -207,7 +216,7 @@ impl<'a> Lane<'a> {
                 if let Some(gpu) = self.busy[turn].take() {
                     self.stream(gpu, turn)?.0.wait()?;
                 }
-                self.image.fetch(&extent, self.ring.0[turn].bytes_mut())?;
+                self.image.fetch(&extent, self.ring.0[turn].bytes_mut(), &mut self.unpacker)?;
                 let (stream, buffer) = self.stream(region.gpu, turn)?;
                 stream.copy_in(address, buffer, 0, len)?;
                 self.busy[turn] = Some(region.gpu);

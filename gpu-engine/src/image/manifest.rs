@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CHUNK, VERSION};
+use super::{CHUNK, Codec, VERSION};
 use crate::device::GpuId;
 
 /// Largest manifest that is read, bytes. A million allocations take 150 MB.
@@ -124,7 +124,8 @@ pub const FEATURE_SHARED: &str = "shared";
 pub struct Manifest {
     /// [`VERSION`].
     pub version: u32,
-    /// What a reader must know beyond the version: [`FEATURE_PARENT`], [`FEATURE_PRE_DUMP`], [`FEATURE_SHARED`].
+    /// What a reader must know beyond the version: [`FEATURE_PARENT`], [`FEATURE_PRE_DUMP`], [`FEATURE_SHARED`],
+    /// [`Codec::feature`].
     #[serde(default)]
     pub features: Vec<String>,
     /// The phos-runc that wrote it.
@@ -242,6 +243,7 @@ impl Manifest {
         if self.parent.is_some() != self.features.iter().any(|f| f == FEATURE_PARENT) {
             return Err("the feature 'parent' and the entry do not go together".into());
         }
+        Codec::of(&self.features)?;
         if self.files.len() > 4096 {
             return Err(format!("{} data files", self.files.len()));
         }

@@ -5,12 +5,13 @@
 //!                    the container's effective configuration. Written last, under another name, then renamed:
 //!                    no manifest, no checkpoint.
 //!                    An image with the feature "parent" builds on another one: it names that one's folder, relative to
-//!                    its own, and the digest of that one's manifest.
+//!                    its own, and the digest of that one's manifest. The features "lz4" and "zstd" say how chunks of its
+//!                    own files are packed.
 //! phos-chunks.idx    chunk table, one 32-byte record for each chunk of all allocations in the manifest's order:
 //!                      0  digest       16 bytes, see `phos_digest`
 //!                     16  file          u32   0: all bytes are zero, nothing is stored; N: data file number N-1,
 //!                                             counted through this image's files, then its parent's, and so on
-//!                     20  reserved      u32   0
+//!                     20  packed        u32   0: the chunk is stored as it is; N: packed, N bytes ("lz4", "zstd")
 //!                     24  offset        u64   in that file, a multiple of 4096
 //!                    behind a header: magic "PHOSIDX1", chunk size u64, chunk count u64, reserved u64 0
 //! phos-gpu-N.img     chunks, each at a page-aligned offset, one file for each writing thread
@@ -21,6 +22,7 @@
 
 mod chunks;
 mod manifest;
+mod pack;
 mod reader;
 mod writer;
 
@@ -34,6 +36,7 @@ pub use manifest::{
     Allocation, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, FileEntry, GpuEntry,
     IndexEntry, LibraryEntry, Manifest, ParentEntry, ProcessEntry, SharedEntry,
 };
+pub use pack::{Codec, Packer, Unpacker, ZSTD_LEVEL};
 pub use phos_digest::{CHUNK, Digest};
 pub use reader::{Extent, Image};
 pub use writer::{ImageWriter, Sink};

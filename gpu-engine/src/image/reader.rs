@@ -5,12 +5,12 @@ use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::chunks::ChunkTable;
+use super::chunks::{ChunkTable, FileKind};
 use super::manifest::MAX_BYTES;
 use super::writer::hex;
 use super::{
-    Allocation, CHUNK, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, INDEX, ImageError, Location,
-    MANIFEST, Manifest, Saved, VERSION,
+    Allocation, CHUNK, Codec, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, INDEX, ImageError,
+    Location, MANIFEST, Manifest, Saved, Unpacker, VERSION,
 };
 
 /// Longest chain of images that build on each other.
@@ -35,6 +35,8 @@ struct DataFile {
     file: File,
     path: PathBuf,
     size: u64,
+    /// How its chunks are packed.
+    codec: Codec,
 }
 
 /// Chunks of one allocation that lie together.
@@ -115,12 +117,16 @@ impl Image {
             None => return Err(bad("it has no version".into())),
         }
         let manifest: Manifest = serde_json::from_value(value).map_err(|e| bad(e.to_string()))?;
-        let known = |f: &&String| ![FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED].contains(&f.as_str());
-        if let Some(feature) = manifest.features.iter().find(known) {
+        let codecs = [Codec::Lz4, Codec::Zstd].map(Codec::feature);
+        let known = |f: &str| {
+            [FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED].contains(&f) || codecs.contains(&Some(f))
+        };
+        if let Some(feature) = manifest.features.iter().find(|f| !known(f)) {
             return Err(ImageError::Feature { path: folder.into(), feature: feature.clone() });
         }
         manifest.check().map_err(bad)?;
 
+        let codec = Codec::of(&manifest.features).map_err(bad)?;
         let mut files = Vec::new();
         for entry in &manifest.files {
             let path = folder.join(&entry.name);
@@ -129,7 +135,7 @@ impl Image {
                 let what = format!("it has {len} bytes, the manifest says {}", entry.size);
                 return Err(ImageError::Damaged { path, what });
             }
-            files.push(DataFile { file, path, size: len });
+            files.push(DataFile { file, path, size: len, codec });
         }
         if let Some(entry) = &manifest.parent {
             let parent = folder.join(&entry.path);
@@ -160,8 +166,9 @@ impl Image {
         if hex(phos_digest::digest(&bytes)) != manifest.index.digest {
             return Err(damaged("its digest is not the manifest's".into()));
         }
-        let sizes: Vec<_> = files.iter().map(|f| f.size).collect();
-        let table = ChunkTable::decode(&bytes, manifest.chunk_count(), &sizes).map_err(damaged)?;
+        let kinds: Vec<_> =
+            files.iter().map(|f| FileKind { size: f.size, packs: f.codec != Codec::None }).collect();
+        let table = ChunkTable::decode(&bytes, manifest.chunk_count(), &kinds).map_err(damaged)?;
         Ok(Image { manifest, digest: hex(phos_digest::digest(&text)), folder: folder.into(), table, files })
     }
 
@@ -175,21 +182,27 @@ impl Image {
     pub fn extents(&self, allocation: &Allocation, max: usize) -> Vec<Extent> {
         let max = (max / CHUNK).max(1) as u64;
         let mut extents: Vec<Extent> = Vec::new();
+        // Where the last one ends in its file.
+        let mut end = 0;
         for i in 0..allocation.size / CHUNK as u64 {
             let n = allocation.first_chunk + i;
             let location = self.table.0[n as usize].1;
             if let Some(last) = extents.last_mut().filter(|l| l.count < max) {
                 let follows = match (last.location, location) {
                     (Location::Zero, Location::Zero) => true,
-                    (Location::File { file: f, offset: o }, Location::File { file, offset }) => {
-                        f == file && o + last.count * CHUNK as u64 == offset
+                    (Location::File { file: f, packed: p, .. }, Location::File { file, offset, packed }) => {
+                        f == file && end == offset && (p == 0) == (packed == 0)
                     }
                     _ => false,
                 };
                 if follows {
                     last.count += 1;
+                    end += location.room();
                     continue;
                 }
+            }
+            if let Location::File { offset, .. } = location {
+                end = offset + location.room();
             }
             extents.push(Extent { first: n, count: 1, at: i * CHUNK as u64, location });
         }
@@ -197,21 +210,31 @@ impl Image {
     }
 
     /// Reads an extent into the first `count` chunks of `into`. Whoever uses the bytes checks their digests.
-    pub fn fetch(&self, extent: &Extent, into: &mut [u8]) -> Result<(), ImageError> {
+    pub fn fetch(&self, extent: &Extent, into: &mut [u8], unpacker: &mut Unpacker) -> Result<(), ImageError> {
         let into = &mut into[..extent.count as usize * CHUNK];
-        match extent.location {
-            Location::Zero => into.fill(0),
-            Location::File { file, offset } => {
-                let DataFile { file, path, .. } = &self.files[file as usize];
-                file.read_exact_at(into, offset).map_err(|e| ImageError::io(path, e))?;
-            }
+        let Location::File { file, offset, packed } = extent.location else {
+            into.fill(0);
+            return Ok(());
+        };
+        let DataFile { file, path, codec, .. } = &self.files[file as usize];
+        let read = |into: &mut [u8], at| file.read_exact_at(into, at).map_err(|e| ImageError::io(path, e));
+        if packed == 0 {
+            return read(into, offset);
+        }
+        for (n, chunk) in (extent.first..).zip(into.chunks_exact_mut(CHUNK)) {
+            let Location::File { offset, packed, .. } = self.table.0[n as usize].1 else { continue };
+            read(unpacker.room(packed as usize), offset)?;
+            unpacker.unpack(*codec, packed as usize, chunk).map_err(|what| ImageError::Damaged {
+                path: path.clone(),
+                what: format!("chunk {n} cannot be unpacked: {what}"),
+            })?;
         }
         Ok(())
     }
 
     /// Reads an extent into the first `count` chunks of `into` and checks every chunk's digest.
-    pub fn read(&self, extent: &Extent, into: &mut [u8]) -> Result<(), ImageError> {
-        self.fetch(extent, into)?;
+    pub fn read(&self, extent: &Extent, into: &mut [u8], unpacker: &mut Unpacker) -> Result<(), ImageError> {
+        self.fetch(extent, into, unpacker)?;
         let chunks = into.chunks_exact(CHUNK).take(extent.count as usize);
         self.compare(extent.first, chunks.map(phos_digest::digest))
     }
@@ -238,10 +261,10 @@ impl Image {
 
     /// Reads everything and checks it; returns the bytes stored in data files.
     pub fn verify(&self) -> Result<u64, ImageError> {
-        let mut buffer = vec![0; 16 * CHUNK];
+        let (mut buffer, mut unpacker) = (vec![0; 16 * CHUNK], Unpacker::default());
         for allocation in &self.manifest.allocations {
             for extent in self.extents(allocation, buffer.len()) {
-                self.read(&extent, &mut buffer)?;
+                self.read(&extent, &mut buffer, &mut unpacker)?;
             }
         }
         Ok(self.manifest.files.iter().map(|f| f.size).sum())

@@ -1,13 +1,14 @@
 //! Writing an image.
 //!
 //! Several threads write at the same time, each to a data file of its own, so that none waits for another. A chunk that
-//! is written again takes the place it had. What has been written is only an image once [`ImageWriter::commit`] has
+//! is written again takes the place it had, if it still fits there. What has been written is only an image once [`ImageWriter::commit`] has
 //! renamed the manifest.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -15,13 +16,15 @@ use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use super::chunks::{ALIGN, ChunkTable, Saved};
 use super::{
-    CHUNK, Digest, FileEntry, INDEX, ImageError, IndexEntry, Location, MANIFEST, Manifest, data_file,
+    CHUNK, Codec, Digest, FileEntry, INDEX, ImageError, IndexEntry, Location, MANIFEST, Manifest, Packer,
+    ZSTD_LEVEL, data_file,
 };
 
 /// An image being written. Dropped before [`ImageWriter::commit`], it removes the files it made.
 #[derive(Debug)]
 pub struct ImageWriter {
     folder: PathBuf,
+    codec: Codec,
     files: Vec<DataFile>,
     committed: bool,
 }
@@ -32,6 +35,8 @@ struct DataFile {
     path: PathBuf,
     file: File,
     length: AtomicU64,
+    /// Taken by the one thread that writes here.
+    packer: Option<Mutex<Packer>>,
 }
 
 /// Takes chunks from the copy pipeline.
@@ -59,14 +64,15 @@ fn create(path: &Path) -> Result<File, ImageError> {
 }
 
 impl DataFile {
-    fn create(path: PathBuf) -> Result<Self, ImageError> {
+    fn create(path: PathBuf, codec: Codec) -> Result<Self, ImageError> {
         let file = create(&path)?;
+        let packer = Packer::new(codec, ZSTD_LEVEL).transpose().map_err(|e| ImageError::io(&path, e))?;
         // Past the page cache where the file system takes that: the bytes are written once and not read soon, and
         // memory is what the application needs. On tmpfs the page cache is the storage.
         if fstatfs(&file).is_ok_and(|s| s.filesystem_type() != TMPFS_MAGIC) {
             set_direct(&file, true);
         }
-        Ok(DataFile { path, file, length: AtomicU64::new(0) })
+        Ok(DataFile { path, file, length: AtomicU64::new(0), packer: packer.map(Mutex::new) })
     }
 
     fn write(&self, data: &[u8], offset: u64) -> Result<(), ImageError> {
@@ -91,10 +97,10 @@ fn set_direct(file: &File, direct: bool) -> bool {
 
 impl ImageWriter {
     /// Begins an image with `lanes` data files in `folder`.
-    pub fn create(folder: &Path, lanes: usize) -> Result<Self, ImageError> {
-        let mut writer = ImageWriter { folder: folder.into(), files: Vec::new(), committed: false };
+    pub fn create(folder: &Path, lanes: usize, codec: Codec) -> Result<Self, ImageError> {
+        let mut writer = ImageWriter { folder: folder.into(), codec, files: Vec::new(), committed: false };
         for n in 0..lanes {
-            writer.files.push(DataFile::create(folder.join(data_file(n)))?);
+            writer.files.push(DataFile::create(folder.join(data_file(n)), codec)?);
         }
         Ok(writer)
     }
@@ -110,7 +116,7 @@ impl ImageWriter {
     }
 
     /// Writes chunk table and manifest, syncs everything and gives the manifest its name. `manifest` comes with
-    /// everything but `files` and `index`, `table` with a place for every chunk of its allocations.
+    /// everything but `files`, `index` and the feature of the codec, `table` with a place for every chunk of its allocations.
     pub fn commit(mut self, mut manifest: Manifest, table: Vec<Option<Saved>>) -> Result<(), ImageError> {
         let damaged = |what: String| ImageError::Manifest { path: self.folder.clone(), what };
         let count = manifest.chunk_count();
@@ -120,6 +126,7 @@ impl ImageWriter {
         if let Some(n) = table.iter().position(Option::is_none) {
             return Err(damaged(format!("chunk {n} was never written")));
         }
+        manifest.features.extend(self.codec.feature().map(Into::into));
         manifest.check().map_err(damaged)?;
         self.sync()?;
         let index = ChunkTable(table.into_iter().flatten().collect()).encode();
@@ -154,6 +161,41 @@ pub(super) fn hex(d: Digest) -> String {
     d.to_bytes().iter().map(|b| format!("{b:02x}")).collect()
 }
 
+impl ImageWriter {
+    /// The place for `room` bytes of a chunk from thread `lane`: where it is already, if that is in this image and large
+    /// enough, or the end of the thread's file.
+    fn place(&self, lane: usize, own: &DataFile, now: Option<Location>, room: u64) -> (u32, u64) {
+        match now {
+            Some(place @ Location::File { file, offset, .. })
+                if (file as usize) < self.files.len() && place.room() >= room =>
+            {
+                (file, offset)
+            }
+            _ => (lane as u32, own.length.fetch_add(room, Ordering::Relaxed)),
+        }
+    }
+
+    /// Writes those chunks that are stored as they are. What lies together goes out in one write.
+    fn put_plain(&self, data: &[u8], places: &[Option<Location>]) -> Result<(), ImageError> {
+        let mut from = 0;
+        while from < places.len() {
+            let Some(Location::File { file, offset, packed: 0 }) = places[from] else {
+                from += 1;
+                continue;
+            };
+            debug_assert!(offset.is_multiple_of(ALIGN));
+            let follows = |n: &usize| {
+                let offset = offset + ((*n - from) * CHUNK) as u64;
+                places.get(*n) == Some(&Some(Location::File { file, offset, packed: 0 }))
+            };
+            let end = (from..=places.len()).find(|n| !follows(n)).unwrap_or(places.len());
+            self.files[file as usize].write(&data[from * CHUNK..end * CHUNK], offset)?;
+            from = end;
+        }
+        Ok(())
+    }
+}
+
 impl Sink for ImageWriter {
     fn put(
         &self,
@@ -165,36 +207,22 @@ impl Sink for ImageWriter {
         debug_assert!(data.len() == digests.len() * CHUNK && digests.len() == places.len());
         let no_lane = || ImageError::io(&self.folder, io::Error::other("more threads than data files"));
         let own = self.files.get(lane).ok_or_else(no_lane)?;
-        for (digest, place) in digests.iter().zip(&mut *places) {
-            *place = Some(match *place {
-                _ if *digest == phos_digest::ZERO_CHUNK => Location::Zero,
-                // Its own place in this image, not one in the image this one builds on.
-                Some(Location::File { file, offset }) if (file as usize) < self.files.len() => {
-                    Location::File { file, offset }
-                }
-                _ => {
-                    let offset = own.length.fetch_add(CHUNK as u64, Ordering::Relaxed);
-                    Location::File { file: lane as u32, offset }
-                }
-            });
-        }
-        // What lies together goes out in one write.
-        let mut from = 0;
-        while from < places.len() {
-            let Some(Location::File { file, offset }) = places[from] else {
-                from += 1;
+        let mut packer = own.packer.as_ref().map(|p| p.lock().unwrap_or_else(|e| e.into_inner()));
+        for ((chunk, digest), place) in data.chunks_exact(CHUNK).zip(digests).zip(&mut *places) {
+            if *digest == phos_digest::ZERO_CHUNK {
+                *place = Some(Location::Zero);
                 continue;
-            };
-            debug_assert!(offset.is_multiple_of(ALIGN));
-            let follows = |n: &usize| {
-                places.get(*n)
-                    == Some(&Some(Location::File { file, offset: offset + ((*n - from) * CHUNK) as u64 }))
-            };
-            let end = (from..=places.len()).find(|n| !follows(n)).unwrap_or(places.len());
-            self.files[file as usize].write(&data[from * CHUNK..end * CHUNK], offset)?;
-            from = end;
+            }
+            let packed = packer.as_mut().and_then(|p| p.pack(chunk));
+            let room = packed.map_or(CHUNK, |(bytes, _)| bytes.len());
+            let (file, offset) = self.place(lane, own, *place, room as u64);
+            if let Some((bytes, _)) = packed {
+                self.files[file as usize].write(bytes, offset)?;
+            }
+            let packed = packed.map_or(0, |(_, len)| len as u32);
+            *place = Some(Location::File { file, offset, packed });
         }
-        Ok(())
+        self.put_plain(data, places)
     }
 }
 

@@ -170,11 +170,11 @@ impl Checkpoint<'_> {
                 Some(save::assume_parent(&mut ledger, &self.subjects, &self.job.image, path, lanes)?)
             }
             None => {
-                folder.require(bytes + bytes / 64)?;
+                folder.require(self.job.bytes_in_files(bytes))?;
                 None
             }
         };
-        let writer = ImageWriter::create(&self.job.image, lanes)?;
+        let writer = ImageWriter::create(&self.job.image, lanes, self.job.compression)?;
         let mut session = copy::Session::prepare(device.as_ref(), progress, writer, lanes, ledger)?;
         let plan = self.choose(&mut session, parent.as_ref())?;
         if plan.precopy {

@@ -140,7 +140,7 @@ fn finish(
     let (lanes, progress) = (copy::lane_count(), Progress::default());
     let mut ledger = Ledger::default();
     save::update(&mut ledger, &subjects);
-    let writer = ImageWriter::create(&job.image, lanes)?;
+    let writer = ImageWriter::create(&job.image, lanes, job.compression)?;
     let mut session = copy::Session::prepare(device, &progress, writer, lanes, ledger)?;
     session.quiesce()?;
     save::commit(device, session.finish(), None, job, &subjects, &mut report)?;

@@ -59,8 +59,8 @@ pub fn assume_parent(
         for a in parent.manifest.allocations.iter().filter(|a| a.process as usize == index) {
             let shifted = |(digest, place): &Saved| match *place {
                 Location::Zero => (*digest, Location::Zero),
-                Location::File { file, offset } => {
-                    (*digest, Location::File { file: file + own_files as u32, offset })
+                Location::File { file, offset, packed } => {
+                    (*digest, Location::File { file: file + own_files as u32, offset, packed })
                 }
             };
             ledger.assume((process as u32, a.id), parent.saved(a).iter().map(shifted));

@@ -67,7 +67,7 @@ impl Facts {
     pub fn gather() -> Self {
         let (config, configuration) = match Config::load() {
             Ok(config) => {
-                let strategy = config.strategy(None).map(drop);
+                let strategy = config.strategy(None).and(config.compression(None)).map(drop);
                 (config.clone(), strategy.and(config.inject().map(drop)).map_err(|e| format!("{e:#}")))
             }
             Err(e) => (Config::default(), Err(format!("{e:#}"))),

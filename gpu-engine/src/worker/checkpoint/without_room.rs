@@ -19,7 +19,7 @@ impl Checkpoint<'_> {
             return Err(EngineError::NoRoom);
         }
         let bytes: u64 = self.subjects.iter().map(Subject::bytes).sum();
-        folder.require(bytes + bytes / 64)?;
+        folder.require(self.job.bytes_in_files(bytes))?;
         self.subjects.iter_mut().flat_map(|s| &mut s.pieces).for_each(|p| p.region = None);
         let stopped = Instant::now();
         let saved = self.stand_still_without_room().map_err(|cause| self.woken_after(cause))?;
@@ -58,7 +58,7 @@ impl Checkpoint<'_> {
         let mut ledger = Ledger::default();
         save::update(&mut ledger, &self.subjects);
         let lanes = copy::lane_count();
-        let writer = ImageWriter::create(&self.job.image, lanes)?;
+        let writer = ImageWriter::create(&self.job.image, lanes, self.job.compression)?;
         let mut session = copy::Session::prepare(device, self.progress, writer, lanes, ledger)?;
         let quiesced = session.quiesce()?;
         session.sink().sync()?;

@@ -11,7 +11,7 @@ use anyhow::{Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use phos_engine::copy::{self, Session, Tuning};
 use phos_engine::device::Pinned;
-use phos_engine::image::{Image, ImageWriter, data_file};
+use phos_engine::image::{Codec, Image, ImageWriter, data_file};
 use phos_engine::progress::Progress;
 use phos_integration::memory;
 
@@ -20,14 +20,18 @@ use crate::{BLOCK, Bench, Folder, RUNS, buffers, gb_s};
 
 impl Bench {
     /// An image loaded as a restore loads it, allocations and proof included, and the same files merely read.
-    pub fn load_from(&self, folder: &Folder) -> Result<()> {
+    pub fn load_from(&self, folder: &Folder, codec: Codec) -> Result<()> {
         let bytes = folder.blocks as u64 * BLOCK;
-        let files = self.write_image(folder)?;
-        for tuning in &folder.loading {
+        let files = self.write_image(folder, codec)?;
+        let tunings = if codec == Codec::None { &folder.loading[..] } else { &folder.loading[..1] };
+        let packed = if codec == Codec::None { String::new() } else { format!(", {codec}") };
+        for tuning in tunings {
             let (mut plain, mut own) = (Vec::new(), Vec::new());
             for _ in 0..RUNS {
                 self.evict(folder, &files)?;
-                plain.push(gb_s(bytes, self.read(&files, *tuning)?));
+                if codec == Codec::None {
+                    plain.push(gb_s(bytes, self.read(&files, *tuning)?));
+                }
                 self.evict(folder, &files)?;
                 let begin = Instant::now();
                 let image = Image::open(&folder.path)?;
@@ -36,23 +40,35 @@ impl Bench {
                 copy::load(self.device.as_ref(), &image, &regions, *tuning, &progress, || ())?;
                 own.push(gb_s(bytes, begin.elapsed()));
             }
-            let note = format!("from {}, {}", folder.kind, buffers(*tuning));
+            let note = format!("from {}, {}{packed}", folder.kind, buffers(*tuning));
             self.report("phos-runc", "load_gb_s", folder.blocks, own, &note);
-            let note = format!("the same files read without a GPU, {note}");
-            self.report("plain", "load_gb_s", folder.blocks, plain, &note);
+            if codec == Codec::None {
+                let note = format!("the same files read without a GPU, {note}");
+                self.report("plain", "load_gb_s", folder.blocks, plain, &note);
+            }
         }
         Ok(())
     }
 
     /// An image of the memory; its data files.
-    fn write_image(&self, folder: &Folder) -> Result<Vec<PathBuf>> {
+    fn write_image(&self, folder: &Folder, codec: Codec) -> Result<Vec<PathBuf>> {
         fresh(&folder.path)?;
         let regions = &self.regions[..folder.blocks];
-        let writer = ImageWriter::create(&folder.path, self.lanes)?;
+        let writer = ImageWriter::create(&folder.path, self.lanes, codec)?;
         let progress = Progress::default();
         let ledger = memory::ledger(regions, BLOCK);
         let mut session = Session::prepare(self.device.as_ref(), &progress, writer, self.lanes, ledger)?;
-        session.quiesce()?;
+        let copied = session.quiesce()?.copy;
+        if codec != Codec::None {
+            let note = format!("to {}, {} threads, {codec}", folder.kind, self.lanes);
+            self.report(
+                "phos-runc",
+                "copy_gb_s",
+                folder.blocks,
+                vec![gb_s(folder.blocks as u64 * BLOCK, copied)],
+                &note,
+            );
+        }
         let (writer, ledger) = session.finish();
         let table = ledger.all().into_iter().map(|c| ledger.saved(c)).collect();
         writer.commit(memory::manifest(&self.gpu, regions, BLOCK), table)?;

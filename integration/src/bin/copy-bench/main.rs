@@ -1,11 +1,13 @@
 //! How fast the engine's copy pipeline is on this machine's GPU, each part against the plain rate of what limits it,
 //! alternating.
 //!
-//! `copy-bench [--gb N] [--disk-gb N] [--folder F]... [--lanes N] [--sweep]` prints one JSON line for each figure and a
+//! `copy-bench [--gb N] [--disk-gb N] [--folder F]... [--lanes N] [--sweep] [--pack]` prints one JSON line for each figure and a
 //! row for people on standard error. `--gb`: GPU memory to copy; at most `--disk-gb` of it to a folder that is not on
-//! tmpfs. `--sweep`: folders on tmpfs with buffers of several sizes. `PHOS_LIBCUDA` names another driver.
+//! tmpfs. `--sweep`: folders on tmpfs with buffers of several sizes. `--pack`: compressors as well. `PHOS_LIBCUDA` names
+//! another driver.
 
 mod load;
+mod pack;
 mod save;
 
 use std::env;
@@ -17,6 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use phos_engine::copy::{Tuning, lane_count};
 use phos_engine::device::{Device, GpuInfo, Region, cuda};
+use phos_engine::image::Codec;
 use phos_integration::memory;
 
 /// Each figure is the median of so many runs.
@@ -26,7 +29,7 @@ const BLOCK: u64 = 256 << 20;
 /// Sizes of buffers that a sweep tries, bytes.
 const PIECES: [usize; 5] = [512 << 10, 1 << 20, 2 << 20, 4 << 20, 8 << 20];
 
-/// Memory on the GPU, filled with what is neither zero nor the same everywhere.
+/// Memory on the GPU, filled with what looks like weights.
 struct Bench {
     device: Arc<dyn Device>,
     gpu: GpuInfo,
@@ -67,12 +70,8 @@ impl Bench {
         let mut stream = device.stream(gpu.id)?;
         let piece = 8 << 20;
         let mut buffer = device.pinned(piece)?;
-        let mut state = 1u64;
-        for (n, region) in regions.iter().enumerate() {
-            for word in buffer.bytes_mut().chunks_exact_mut(8) {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(n as u64 | 1);
-                word.copy_from_slice(&state.to_le_bytes());
-            }
+        buffer.bytes_mut().copy_from_slice(&pack::weights(piece));
+        for region in &regions {
             for at in (0..BLOCK).step_by(piece) {
                 stream.copy_in(region.address + at, buffer.as_mut(), 0, piece)?;
             }
@@ -84,11 +83,15 @@ impl Bench {
 
     /// Prints a figure of what was done with `blocks` of the memory.
     fn report(&self, system: &str, metric: &str, blocks: usize, values: Vec<f64>, note: &str) {
-        let (n, value) = (values.len(), median(values));
         let gb = blocks as u64 * BLOCK / 1_000_000_000;
-        eprintln!("{metric:14} {system:9} {value:10.1}  {note}");
+        let n = values.len();
+        self.print(&format!("{gb} GB"), system, metric, median(values), n, note);
+    }
+
+    fn print(&self, workload: &str, system: &str, metric: &str, value: f64, n: usize, note: &str) {
+        eprintln!("{metric:15} {system:9} {value:10.2}  {workload}: {note}");
         let line = serde_json::json!({
-            "bench": "copy", "workload": format!("{gb} GB"), "system": system, "metric": metric,
+            "bench": "copy", "workload": workload, "system": system, "metric": metric,
             "value": (value * 1e3).round() / 1e3, "stat": "median", "n": n, "device": self.gpu.name,
             "driver": self.device.driver().release, "note": note,
         });
@@ -113,7 +116,7 @@ impl Bench {
 }
 
 fn main() -> Result<()> {
-    let (mut gb, mut disk_gb, mut lanes, mut sweep) = (8.0, 3.0, lane_count(), false);
+    let (mut gb, mut disk_gb, mut lanes, mut sweep, mut pack) = (8.0, 3.0, lane_count(), false, false);
     let mut paths = Vec::<PathBuf>::new();
     let mut words = env::args().skip(1);
     while let Some(word) = words.next() {
@@ -124,7 +127,10 @@ fn main() -> Result<()> {
             "--lanes" => lanes = value()?.parse()?,
             "--folder" => paths.push(value()?.into()),
             "--sweep" => sweep = true,
-            _ => bail!("usage: copy-bench [--gb N] [--disk-gb N] [--folder F]... [--lanes N] [--sweep]"),
+            "--pack" => pack = true,
+            _ => bail!(
+                "usage: copy-bench [--gb N] [--disk-gb N] [--folder F]... [--lanes N] [--sweep] [--pack]"
+            ),
         }
     }
     let bytes = |gb: f64| (gb * 1e9) as u64;
@@ -132,9 +138,17 @@ fn main() -> Result<()> {
     bench.scan()?;
     bench.snapshot()?;
     bench.discard()?;
+    if pack {
+        bench.pack()?;
+    }
     for path in paths {
         let folder = bench.folder(&path, bytes(disk_gb), sweep)?;
-        let result = bench.save_to(&folder).and_then(|()| bench.load_from(&folder));
+        let codecs: &[Codec] = if pack { &[Codec::None, Codec::Lz4, Codec::Zstd] } else { &[Codec::None] };
+        let all = || {
+            bench.save_to(&folder)?;
+            codecs.iter().try_for_each(|codec| bench.load_from(&folder, *codec))
+        };
+        let result = all();
         // Also after a failure: what is left here may be all of the machine's memory.
         let removed = std::fs::remove_dir_all(&folder.path);
         result?;

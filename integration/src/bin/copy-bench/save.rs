@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use phos_engine::copy::{Scanner, Session, Tuning};
 use phos_engine::device::Pinned;
-use phos_engine::image::{CHUNK, Digest, ImageError, ImageWriter, Location, Sink};
+use phos_engine::image::{CHUNK, Codec, Digest, ImageError, ImageWriter, Location, Sink};
 use phos_engine::progress::Progress;
 use phos_integration::memory;
 
@@ -156,7 +156,7 @@ impl Bench {
                 fresh(&folder.path)?;
                 plain.push(gb_s(bytes, self.write(folder, *tuning)?));
                 fresh(&folder.path)?;
-                let writer = ImageWriter::create(&folder.path, tuning.lanes)?;
+                let writer = ImageWriter::create(&folder.path, tuning.lanes, Codec::None)?;
                 let (time, writer) = self.copy(writer, *tuning, folder.blocks, true)?;
                 let begin = Instant::now();
                 writer.sync()?;
