@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BIN = os.path.join(HERE, "bin")
-WORK = "/run/phos-bench"
+# Which GPU, if there are several: two runners may work beside each other.
+CARD = int(os.environ.get("PHOS_BENCH_GPU", "0"))
+WORK = f"/run/phos-bench-{CARD}"
 OUT = os.environ.get("OUT", HERE)
 DRIVER = "/usr/local/nvidia"
 PYTHON = shutil.which("python3")
@@ -23,7 +26,7 @@ START = time.monotonic()
 
 
 def gpu():
-    text = run("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", env=dict(os.environ)).stdout
+    text = run("nvidia-smi", "-i", str(CARD), "--query-gpu=name,driver_version", "--format=csv,noheader", env=dict(os.environ)).stdout
     name, driver = text.splitlines()[0].split(", ")
     return dict(name=name, driver=driver)
 
@@ -59,6 +62,26 @@ def setup():
             shutil.copy(f"{BIN}/../lib/{library}", "/usr/lib/x86_64-linux-gnu/")
 
 
+def touch(gb=32, threads=8):
+    """Uses memory once: what a virtual machine has never used comes slowly from its hypervisor, to whoever is first."""
+    zeros = bytes(16 << 20)
+
+    def fill(name):
+        with open(name, "wb") as f:
+            for _ in range(gb * 10**9 // threads // len(zeros)):
+                f.write(zeros)
+
+    names = [f"{WORK}/touch-{i}" for i in range(threads)]
+    pool = [threading.Thread(target=fill, args=(name,)) for name in names]
+    for t in pool:
+        t.start()
+    for t in pool:
+        t.join()
+    for name in names:
+        os.unlink(name)
+    log(f"{gb} GB of memory touched")
+
+
 def teardown():
     for path in (f"{WORK}/rootfs", WORK):
         subprocess.run(["umount", "-l", path], stderr=subprocess.DEVNULL)
@@ -67,7 +90,7 @@ def teardown():
 
 def spec(command, annotations, more_env=()):
     devices, rules = [], [{"allow": False, "access": "rwm"}]
-    for path in filter(os.path.exists, ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")):
+    for path in filter(os.path.exists, ("/dev/nvidiactl", f"/dev/nvidia{CARD}", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools")):
         st = os.stat(path)
         major, minor = os.major(st.st_rdev), os.minor(st.st_rdev)
         devices.append(dict(path=path, type="c", major=major, minor=minor, fileMode=0o666, uid=0, gid=0))
@@ -94,7 +117,7 @@ def spec(command, annotations, more_env=()):
             {"destination": "/bundle", "type": "bind", "source": HERE, "options": ["bind", "ro"]},
         ],
         "linux": {"namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts")], "devices": devices,
-                  "resources": {"devices": rules}, "cgroupsPath": "/phos-bench"},
+                  "resources": {"devices": rules}, "cgroupsPath": f"/phos-bench-{CARD}"},
         "annotations": annotations,
     }
 
@@ -107,9 +130,12 @@ class Container:
         self.program = f"{BIN}/runc" if plain else f"{BIN}/phos-runc"
         self.bundle, self.log = f"{WORK}/{name}", f"{WORK}/out/{name}.log"
         os.makedirs(self.bundle)
-        # What it says goes to a file that the container sees: CRIU cannot dump one that is the host's alone.
-        command = ["/bin/sh", "-c", f'exec "$@" 2>>/out/{name}.err', "sh", PYTHON, f"/bundle/workloads/{workload[0]}", *workload[1:],
-                   "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
+        if workload[0].endswith(".py"):
+            command = [PYTHON, f"/bundle/workloads/{workload[0]}", *workload[1:], "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
+        else:
+            command = [f"/bundle/bin/{workload[0]}", *workload[1:]]
+        # What it says goes to files that the container sees: CRIU cannot dump one that is the host's alone.
+        command = ["/bin/sh", "-c", f'exec "$@" >>/out/{name}.txt 2>>/out/{name}.err', "sh", *command]
         with open(f"{self.bundle}/config.json", "w") as f:
             json.dump(spec(command, annotations or {}, env), f)
 
@@ -153,13 +179,28 @@ class Container:
         with open(f"{WORK}/report.json") as f:
             return json.load(f)
 
+    def said(self):
+        """What it printed."""
+        with open(f"{WORK}/out/{self.name}.txt") as f:
+            return f.read()
+
+    def status(self):
+        return json.loads(self.runc("state", self.name, check=False).stdout or '{"status":"stopped"}').get("status")
+
+    def wait_end(self, limit=120):
+        end = time.monotonic() + limit
+        while self.status() != "stopped":
+            if time.monotonic() > end:
+                raise RuntimeError(f"{self.name} does not end")
+            time.sleep(0.1)
+        self.runc("delete", "--force", self.name, check=False)
+
     def stop(self):
         open(f"{WORK}/out/{self.name}.stop", "w").close()
-        for _ in range(200):
-            if json.loads(self.runc("state", self.name, check=False).stdout or '{"status":"stopped"}').get("status") == "stopped":
-                break
-            time.sleep(0.05)
-        self.runc("delete", "--force", self.name, check=False)
+        try:
+            self.wait_end(20)
+        except RuntimeError:
+            self.runc("delete", "--force", self.name, check=False)
 
 
 def criu_bytes(image):

@@ -5,7 +5,9 @@ Python, but no packages. Results are JSON lines in the form that integration/res
   runner.py torch [--gb 20] [--gb 2] [--plain]   PyTorch in a container: pause, restore, bit-identical or not
   runner.py models [--model M]... [--plain]      models in the shapes people run: the same, and incremental images
   runner.py matrix [--mode M]...                 frameworks and modes: bytes parked, bit-identical or not
-  runner.py overhead                             steps per second with and without libphos.so
+  runner.py overhead [--load L]...               rates with and without libphos.so: steps, launches, allocations
+  runner.py endurance                            PyTorch through --cycles leave-running checkpoints and a quarter as many stops
+  runner.py killed                               the worker killed at --count points of a checkpoint: the program goes on
   runner.py sample                               the project's own CUDA program: demo, then a soak of --cycles cycles
   runner.py copy                                 the copy pipeline by itself: digests, snapshot, rates to tmpfs and disk
 
@@ -22,29 +24,8 @@ import subprocess
 import sys
 import time
 
-from harness import BIN, COMMIT, ENV, GPU, HERE, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown
-
-
-def compare(steps, reference):
-    """1 if the steps follow each other and every one that the reference has is the same."""
-    numbers = [s[0] for s in steps]
-    if numbers != list(range(len(numbers))) or not numbers:
-        log(f"steps are not contiguous: {[a for a, b in zip(numbers, range(len(numbers))) if a != b][:3]}")
-        return 0, 0
-    pairs = list(zip(steps, reference))
-    wrong = [a[0] for a, b in pairs if a[1] != b[1]]
-    if wrong:
-        log(f"first wrong step {wrong[0]}")
-    return int(not wrong), len(pairs)
-
-
-def reference(box, steps):
-    """The same workload without any container, for as many steps."""
-    path = f"{WORK}/out/reference-{box.name}.log"
-    env = dict(os.environ, **dict(e.split("=", 1) for e in box.env))
-    run(PYTHON, f"{HERE}/workloads/{box.workload[0]}", *box.workload[1:], "--steps", str(steps), "--out", path, env=env, timeout=280)
-    with open(path) as f:
-        return [(int(a), b, int(c)) for a, b, c in map(str.split, f)]
+from compare import identical
+from harness import BIN, COMMIT, ENV, GPU, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown, touch
 
 
 def rate(steps, begin, end):
@@ -146,13 +127,6 @@ def idle_increment(box, workload):
     result("copy", workload, "phos-runc", "image_bytes", reports[0]["written_bytes"], note="idle")
     result("copy", workload, "phos-runc", "increment_bytes", reports[1]["written_bytes"], note=f"idle; digest {reports[1]['digest_ms']:.1f} ms")
     log(f"{workload} idle: {reports[0]['written_bytes'] / 1e9:.2f} GB, then {reports[1]['written_bytes'] / 1e9:.3f} GB")
-
-
-def identical(box, workload, bench="pause"):
-    steps = box.steps()
-    same, compared = compare(steps, reference(box, len(steps)))
-    log(f"{workload}: {len(steps)} steps, {compared} compared, bit identical: {same}")
-    result(bench, workload, "phos-runc", "bit_identical", same, compared, note="steps compared with an uninterrupted run")
 
 
 def phos(gb, count, strategy):
@@ -347,25 +321,26 @@ def copy(args):
 
 
 def overhead(args):
-    """Steps per second over the same stretch of steps, with and without the library, alternating."""
-    gb, rates = (args.gb or [2.0])[0], {"phos-runc": [], "runc": []}
-    for i in range(args.count):
-        # Each goes first in turn: clocks and caches warm up for both alike.
-        for system in list(rates)[:: 1 if i % 2 else -1]:
-            box = Container(f"{system}-{i}", ("torch_steps.py", "--gb", str(gb)), plain=system == "runc")
-            box.start()
-            box.wait_steps(args.steps + 50)
-            steps = box.steps()
-            box.stop()
-            rates[system].append(args.steps / ((steps[49 + args.steps][2] - steps[49][2]) / 1e9))
-            log(f"{system} {i}: {rates[system][-1]:.2f} steps/s")
-    fraction = statistics.median(rates["phos-runc"]) / statistics.median(rates["runc"])
-    result("overhead", f"torch-{gb:g}g", "phos-runc", "rate_fraction", fraction, args.count, "median", f"{args.steps} steps each")
+    import rates
+
+    rates.run(args)
+
+
+def endurance(args):
+    import endurance
+
+    endurance.cycles(args)
+
+
+def killed(args):
+    import endurance
+
+    endurance.killed(args)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "copy", "overhead", "driver"])
+    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "copy", "overhead", "endurance", "killed", "driver"])
     parser.add_argument("--gb", type=float, action="append")
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--mode", action="append", choices=list(MATRIX))
@@ -373,7 +348,7 @@ if __name__ == "__main__":
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--cycles", type=int, default=50)
     parser.add_argument("--count", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--load", action="append", choices=["llama13b-infer", "resnet-train", "torch-2g", "calls"])
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--pause-only", action="store_true", help="models: neither restore nor compare")
     args = parser.parse_args()
@@ -384,6 +359,7 @@ if __name__ == "__main__":
     status = 0
     setup()
     try:
+        touch()
         globals()[args.what](args)
     except Exception as e:  # the figures so far are kept
         status = 1

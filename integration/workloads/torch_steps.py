@@ -15,6 +15,7 @@ import torch  # noqa: E402
 parser = argparse.ArgumentParser()
 parser.add_argument("--gb", type=float, default=2.0, help="GPU memory to hold, 1e9 bytes")
 parser.add_argument("--steps", type=int, default=0, help="stop after so many; 0: go on until --stop exists")
+parser.add_argument("--step-ms", type=float, default=0, help="wait so long after each step")
 parser.add_argument("--out", required=True)
 parser.add_argument("--stop", default="", help="end when this file exists")
 args = parser.parse_args()
@@ -42,3 +43,4 @@ while (args.steps == 0 or step < args.steps) and not (args.stop and os.path.exis
     with open(args.out, "a") as out:
         out.write(f"{step} {digest} {time.monotonic_ns()}\n")
     step += 1
+    time.sleep(args.step_ms / 1e3)
