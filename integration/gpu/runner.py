@@ -53,15 +53,31 @@ def leave_running(box, workload, i, more=(), settle=30, keep=False):
         + f"  criu {criu_bytes(image) / 1e9:.2f} GB")
     for w in report["warnings"]:
         log(f"  {w}")
+    criu_gaps(image)
     # The image is written from the end of the gap to the command's end, with pre-copy also before the gap.
     for note, begin, end in (("pre-copy", before, gap_begin), ("while the image is written", gap_end, after)):
         during = rate(steps, begin, end)
         if box.usual and during and (note != "pre-copy" or report["precopied_bytes"]):
             result("copy", workload, "phos-runc", "app_rate_during", during / box.usual, note=note + ", fraction of before")
-            log(f"  steps/s before {box.usual:.2f}, {note} {during:.2f}")
+            inside = [t for _, _, t in steps if begin <= t <= end]
+            slowest = max(b - a for a, b in zip(inside, inside[1:])) / 1e6
+            log(f"  steps/s before {box.usual:.2f}, {note} {during:.2f}, of {len(inside)} the slowest {slowest:.1f} ms, the median {statistics.median(b - a for a, b in zip(inside, inside[1:])) / 1e6:.1f} ms")
     if not keep:
         shutil.rmtree(image)
     return gap, report, image
+
+
+def criu_gaps(image):
+    """Shows where CRIU's time went: the longest stretches between two lines of its log."""
+    try:
+        with open(f"{image}.work/dump.log", errors="replace") as f:
+            lines = [(float(line[1:10]), line[10:].strip()) for line in f if line.startswith("(")]
+    except (OSError, ValueError):
+        return
+    gaps = sorted(((b[0] - a[0], a[1], b[1]) for a, b in zip(lines, lines[1:])), reverse=True)[:6]
+    pages = [t for t, text in lines if "page-pipe" in text or "page-xfer" in text or "pagemap" in text]
+    if lines and pages:
+        log(f"  CRIU: {lines[-1][0] * 1e3:.0f} ms, memory from {pages[0] * 1e3:.0f} to {pages[-1] * 1e3:.0f}; " + "; ".join(f"{g * 1e3:.0f} ms after {a[:40]!r}" for g, a, _ in gaps))
 
 
 def figures(workload, pauses):

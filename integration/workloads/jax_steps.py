@@ -12,18 +12,10 @@ import steps
 args = steps.options()
 N = steps.N
 jax.config.update("jax_default_matmul_precision", "highest")
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def count(length, dtype):
-    """0, 1, 2, … made on the GPU: jnp.arange makes them on the host and keeps them there."""
-    return jax.lax.iota(dtype, length)
-
-
-cells = count(N * N, jnp.int32)
+cells = jnp.arange(N * N, dtype=jnp.int32)
 weights = [((cells * (2 * i + 3) >> 5) & 31).astype(jnp.float32).reshape(N, N) for i in range(4)]
 h = (cells % steps.MOD).astype(jnp.float32).reshape(N, N)
-slabs = [count(args.words, jnp.uint32) * jnp.uint32(i + 1) for i in range(steps.SLABS)]
+slabs = [jnp.arange(args.words, dtype=jnp.uint32) * jnp.uint32(i + 1) for i in range(steps.SLABS)]
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))

@@ -12,7 +12,7 @@ use crate::image::{CHUNK, Digest, Saved, Sink};
 use crate::progress::Progress;
 
 /// Bytes moved by one copy. Two buffers of this size per thread keep link and file busy at the same time.
-const PIECE: usize = 8 << 20;
+const PIECE: usize = 2 << 20;
 /// Bytes moved by one copy to the GPU. Page-locked memory is slow to allocate, and a restore waits for it.
 const LOAD_PIECE: usize = 2 << 20;
 /// More threads than this no longer raise the rate (FACTS: a file system's own limit comes first).

@@ -157,6 +157,9 @@ impl Gpu {
             return Ok(context);
         }
         let mut handle = ptr::null_mut();
+        // Threads that wait for copies sleep: the program needs the processors, and runs while most of them are made.
+        let sleep = sys::CUctx_flags::CU_CTX_SCHED_BLOCKING_SYNC as u32;
+        check!(cuDevicePrimaryCtxSetFlags_v2(self.ordinal, sleep))?;
         check!(cuDevicePrimaryCtxRetain(&mut handle, self.ordinal))?;
         check!(cuCtxSetCurrent(handle))?;
         let mut granularity = 0;

@@ -20,6 +20,10 @@ export! {
         device::check(device)?;
         put(to, context::retain_primary(device) as Handle)
     }
+    fn cuDevicePrimaryCtxSetFlags_v2(device: c_int, flags: u32) {
+        // Scheduling is up to the host here; the flags are checked as the driver does (CU_CTX_FLAGS_MASK).
+        if flags & !0xff == 0 { device::check(device) } else { Err(INVALID_VALUE) }
+    }
     fn cuDevicePrimaryCtxRelease_v2(device: c_int) {
         if context::release_primary(device) { Ok(()) } else { Err(INVALID_CONTEXT) }
     }
