@@ -37,10 +37,11 @@ impl FromStr for Mode {
 }
 
 /// The mode for a container. Its annotation is an order; without one, only a container that uses a GPU is touched.
-pub fn mode(spec: &Value, default: Mode) -> Result<Mode, String> {
+/// `toolkit_below` says that a GPU toolkit's runtime will edit the configuration after this program.
+pub fn mode(spec: &Value, default: Mode, toolkit_below: bool) -> Result<Mode, String> {
     match spec["annotations"][ANNOTATION].as_str() {
         Some(text) => text.parse(),
-        None if uses_gpu(spec) => Ok(default),
+        None if uses_gpu(spec) || toolkit_below && toolkit_is_asked(spec) => Ok(default),
         None => Ok(Mode::Off),
     }
 }
@@ -74,8 +75,8 @@ fn hooks(spec: &Value) -> impl Iterator<Item = &str> {
     lists.flatten().filter_map(|h| h["path"].as_str())
 }
 
-/// Whether a hook is a GPU toolkit's: NVIDIA's programs all carry the name.
-pub(crate) fn is_toolkit_hook(path: &str) -> bool {
+/// Whether a program is a GPU toolkit's, a hook or a runtime: NVIDIA's all carry the name.
+pub fn is_toolkits(path: &str) -> bool {
     path.rsplit('/').next().is_some_and(|name| name.contains("nvidia"))
 }
 
@@ -84,19 +85,22 @@ pub fn has_hooks(spec: &Value) -> bool {
     hooks(spec).any(|p| !p.ends_with("/phos-hook"))
 }
 
-/// Whether a toolkit's hook will give the container GPUs: it goes by this variable.
-fn toolkit_gives_gpus(spec: &Value) -> bool {
+/// Whether a toolkit that sees this configuration will give the container GPUs. It goes by this variable, or by the
+/// annotations that name CDI devices.
+fn toolkit_is_asked(spec: &Value) -> bool {
     let wanted = |e: &str| {
         e.strip_prefix("NVIDIA_VISIBLE_DEVICES=").is_some_and(|v| !["", "void", "none"].contains(&v))
     };
-    let asked =
-        spec["process"]["env"].as_array().into_iter().flatten().any(|e| e.as_str().is_some_and(wanted));
-    asked && hooks(spec).any(is_toolkit_hook)
+    let by_name = |(key, value): (&String, &Value)| {
+        key.starts_with("cdi.k8s.io/") && value.as_str().is_some_and(|v| v.contains("/gpu="))
+    };
+    spec["process"]["env"].as_array().into_iter().flatten().any(|e| e.as_str().is_some_and(wanted))
+        || spec["annotations"].as_object().into_iter().flatten().any(by_name)
 }
 
 /// Whether the container is given a GPU.
 pub fn uses_gpu(spec: &Value) -> bool {
-    if toolkit_gives_gpus(spec) {
+    if toolkit_is_asked(spec) && hooks(spec).any(is_toolkits) {
         return true;
     }
     let texts = |list: &Value, key: &str| -> Vec<String> {
@@ -149,10 +153,27 @@ mod tests {
     #[test]
     fn the_annotation_decides() {
         let with = |v: &str| json!({"annotations": {ANNOTATION: v}});
+        let mode = |spec: &Value, default| mode(spec, default, false);
         assert_eq!(mode(&json!({}), Mode::Mount), Ok(Mode::Off));
         assert_eq!(mode(&json!({"mounts": [{"destination": "/dev/nvidia0"}]}), Mode::Mount), Ok(Mode::Mount));
         assert_eq!(mode(&with("off"), Mode::Mount), Ok(Mode::Off));
         assert_eq!(mode(&with("preload"), Mode::Off), Ok(Mode::Preload));
         assert!(mode(&with("yes"), Mode::Mount).unwrap_err().contains("phos.inject=yes"));
+    }
+
+    #[test]
+    fn a_toolkits_runtime_below_does_what_it_is_asked_for() {
+        let env = |value: &str| json!({"process": {"env": [format!("NVIDIA_VISIBLE_DEVICES={value}")]}});
+        let cdi = |value: &str| json!({"annotations": {"cdi.k8s.io/plugin_id": value}});
+        for (spec, expected) in [
+            (env("0"), Mode::Mount),
+            (env("void"), Mode::Off),
+            (cdi("nvidia.com/gpu=all"), Mode::Mount),
+            (cdi("vendor.com/nic=1"), Mode::Off),
+            (json!({}), Mode::Off),
+        ] {
+            assert_eq!(mode(&spec, Mode::Mount, true), Ok(expected), "{spec}");
+            assert_eq!(mode(&spec, Mode::Mount, false), Ok(Mode::Off), "nobody is below: {spec}");
+        }
     }
 }

@@ -8,6 +8,8 @@ use crate::plan::is_ours;
 
 /// The annotation of a configuration that [`remember`] has added mounts to.
 pub const LATE: &str = "phos.late";
+/// The annotation that lists, as JSON, the mounts below /proc: the lower runtime takes none there from a configuration.
+pub(crate) const IN_PROC: &str = "phos.late.proc";
 
 /// A line of `mountinfo` (proc(5)), as much of it as matters here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,7 +105,8 @@ fn is_the_runtimes(spec: &Value, at: &Path) -> bool {
 /// The mounts of a container that a hook made: those that show something of the host and stand in no configuration.
 /// `container` and `host` are the two sides' `mountinfo`, `root` is the container's root file system on the host.
 pub fn mounts(container: &[Mounted], host: &[Mounted], spec: &Value, root: &Path) -> Vec<LateMount> {
-    if !crate::detect::has_hooks(spec) {
+    // After a restore the hooks are gone and their mounts below /proc are still in no configuration.
+    if !crate::detect::has_hooks(spec) && spec["annotations"][IN_PROC].is_null() {
         return Vec::new();
     }
     // A destination may lead through links of the container's root; `mountinfo` shows where it led.
@@ -127,7 +130,13 @@ pub fn mounts(container: &[Mounted], host: &[Mounted], spec: &Value, root: &Path
         let source = on_host(m, host).filter(|s| !s.starts_with(root))?;
         Some(LateMount { destination: m.at.clone(), source, read_only: m.read_only })
     };
-    container.iter().filter_map(late).collect()
+    container.iter().filter(|m| is_plain(&m.at)).filter_map(late).collect()
+}
+
+/// Whether a path can stand in CRIU's configuration file. A container may choose its mounts' names, and CRIU runs what a
+/// line of that file tells it to.
+fn is_plain(path: &Path) -> bool {
+    path.to_str().is_some_and(|p| p.chars().all(|c| c.is_ascii_graphic() && !"#\"'[]".contains(c)))
 }
 
 /// Options for CRIU's configuration file that declare the mounts, so that they can be dumped. The names are those that
@@ -140,10 +149,24 @@ pub fn criu_options(mounts: &[LateMount]) -> String {
     lines.concat()
 }
 
+/// Options for CRIU's configuration file with which a container is restored that ran with the configuration `effective`:
+/// where on the host its mounts below /proc come from.
+pub fn restore_options(effective: &Value) -> String {
+    let text = effective["annotations"][IN_PROC].as_str().unwrap_or_default();
+    let mounts: Vec<(PathBuf, PathBuf)> = serde_json::from_str(text).unwrap_or_default();
+    let plain = mounts.iter().filter(|(at, source)| is_plain(at) && is_plain(source));
+    plain.map(|(at, source)| format!("external mnt[{}]:{}\n", at.display(), source.display())).collect()
+}
+
 /// Adds the mounts to a configuration, for restore: on restore no hook makes them again. `device` tells the numbers of a
 /// device node on the host, which the container's cgroup must allow then.
 pub fn remember(spec: &mut Value, mounts: &[LateMount], device: impl Fn(&Path) -> Option<(u64, u64)>) {
-    for m in mounts {
+    let (in_proc, mounts): (Vec<_>, Vec<_>) = mounts.iter().partition(|m| m.destination.starts_with("/proc"));
+    if !in_proc.is_empty() {
+        let pairs: Vec<_> = in_proc.iter().map(|m| (&m.destination, &m.source)).collect();
+        spec["annotations"][IN_PROC] = json!(json!(pairs).to_string());
+    }
+    for m in &mounts {
         let options = if m.read_only { json!(["bind", "ro", "private"]) } else { json!(["bind", "private"]) };
         let mount = json!({
             "destination": m.destination, "source": m.source, "type": "bind", "options": options,
@@ -158,7 +181,7 @@ pub fn remember(spec: &mut Value, mounts: &[LateMount], device: impl Fn(&Path) -
             push(&mut spec["linux"]["resources"]["devices"], rule);
         }
     }
-    if !mounts.is_empty() {
+    if !mounts.is_empty() || !in_proc.is_empty() {
         spec["annotations"][LATE] = json!("true");
     }
 }
@@ -240,5 +263,29 @@ mod tests {
         );
         assert_eq!(spec["linux"]["resources"]["devices"][0]["major"], 195);
         assert_eq!(spec["annotations"][LATE], "true");
+    }
+
+    #[test]
+    fn mounts_below_proc_are_for_criu_alone() {
+        let gpu = "/proc/driver/nvidia/gpus/0000:01:00.0";
+        let mount = |at: &str| LateMount { destination: at.into(), source: gpu.into(), read_only: true };
+        let mut spec = json!({});
+        remember(&mut spec, &[mount(gpu)], |_| None);
+        assert!(spec["mounts"].is_null(), "the lower runtime would refuse it: {spec}");
+        assert_eq!(spec["annotations"][LATE], "true");
+        assert_eq!(restore_options(&spec), format!("external mnt[{gpu}]:{gpu}\n"));
+        assert_eq!(restore_options(&json!({})), "");
+        let mut hostile = json!({});
+        remember(&mut hostile, &[mount("/proc/x\naction-script /evil")], |_| None);
+        assert_eq!(restore_options(&hostile), "");
+    }
+
+    #[test]
+    fn a_mounts_name_cannot_add_a_line_to_criu_s_options() {
+        let container =
+            parse("62 60 0:21 /var/out /out]:x\\012action-script\\040/evil rw - ext4 /dev/vda rw\n");
+        assert!(container[0].at.to_string_lossy().contains("\naction-script /evil"));
+        let hooks = json!({"hooks": {"prestart": [{"path": "/x"}]}});
+        assert_eq!(mounts(&container, &parse(HOST), &hooks, Path::new("/ctr/rootfs")), []);
     }
 }

@@ -7,10 +7,12 @@
 //! apply    the configuration with them; done twice is done once (pure)
 //! late     mounts that only hooks make: declared to CRIU, remembered for restore (pure)
 //! merge    for restore: what the engine's new configuration lacks (pure)
+//! again    for restore: where on this host the files are now that were mounted
 //! ```
 //!
 //! Configurations are edited as JSON values: fields this crate does not know stay as they are.
 
+pub mod again;
 pub mod detect;
 pub mod late;
 pub mod locate;
@@ -35,6 +37,8 @@ pub struct Host {
     pub control_dir: PathBuf,
     /// What to do where no annotation says otherwise.
     pub default_mode: Mode,
+    /// Whether the lower runtime is a GPU toolkit's, which will edit the configuration in its turn.
+    pub toolkit_below: bool,
 }
 
 /// What to do to a configuration.
@@ -48,7 +52,7 @@ pub struct Injection {
 
 /// Works out the injection for the configuration `spec` of the bundle in `bundle`.
 pub fn inject(spec: &Value, bundle: &Path, host: &Host) -> Injection {
-    match detect::mode(spec, host.default_mode) {
+    match detect::mode(spec, host.default_mode, host.toolkit_below) {
         Ok(mode) => inject_as(mode, spec, bundle, host),
         Err(text) => Injection { edits: Vec::new(), notes: vec![text] },
     }
@@ -76,9 +80,9 @@ pub fn inject_as(mode: Mode, spec: &Value, bundle: &Path, host: &Host) -> Inject
                 plan::edits(mode, &[], host),
             );
         }
-        if detect::has_hooks(&clean) && host.hook.exists() {
+        if (detect::has_hooks(&clean) || host.toolkit_below) && host.hook.exists() {
             return says(
-                "libphos.so will stand in front of the driver that a hook mounts",
+                "libphos.so will stand in front of the driver that a GPU toolkit mounts",
                 plan::late_edits(host),
             );
         }

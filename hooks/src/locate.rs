@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::detect::is_libcuda;
 
 /// Folders in a root file system where the loader looks for the driver, as distributions and images have them.
-const LIBRARY_FOLDERS: &[&str] = &[
+pub(crate) const LIBRARY_FOLDERS: &[&str] = &[
     "usr/lib/x86_64-linux-gnu",
     "lib/x86_64-linux-gnu",
     "usr/lib64",

@@ -15,13 +15,16 @@ pub fn merge(spec: &mut Value, effective: &Value) {
         // What a toolkit's hook had mounted is in the list now; run again, the hook would fail or mount it twice.
         for kind in ["prestart", "createRuntime"] {
             if let Some(hooks) = spec.pointer_mut(&format!("/hooks/{kind}")).and_then(Value::as_array_mut) {
-                hooks.retain(|h| !h["path"].as_str().is_some_and(crate::detect::is_toolkit_hook));
+                hooks.retain(|h| !h["path"].as_str().is_some_and(crate::detect::is_toolkits));
             }
         }
     }
-    let inject = &effective["annotations"][crate::detect::ANNOTATION];
-    if !inject.is_null() && spec["annotations"][crate::detect::ANNOTATION].is_null() {
-        spec["annotations"][crate::detect::ANNOTATION] = inject.clone();
+    // How it is injected, and which mounts its hooks had made: the next image must know that too.
+    for key in [crate::detect::ANNOTATION, crate::late::LATE, crate::late::IN_PROC] {
+        let value = &effective["annotations"][key];
+        if !value.is_null() && spec["annotations"][key].is_null() {
+            spec["annotations"][key] = value.clone();
+        }
     }
 }
 
@@ -86,6 +89,10 @@ mod tests {
         let mut spec = json!({"hooks": {"prestart": [toolkit, other]}});
         merge(&mut spec, &json!({"annotations": {"phos.late": "true"}}));
         assert_eq!(spec["hooks"]["prestart"], json!([other]));
+        assert_eq!(
+            spec["annotations"]["phos.late"], "true",
+            "an image of the restored container says so again"
+        );
     }
 
     #[test]

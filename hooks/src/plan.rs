@@ -1,5 +1,7 @@
 //! Which edits put `libphos.so` in place, and how they are made.
 
+use std::path::Path;
+
 use phos_protocol::paths;
 use serde_json::{Value, json};
 
@@ -78,6 +80,12 @@ pub fn is_ours(mount: &Value) -> bool {
     below.is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) || library
 }
 
+/// The control folder that a configuration mounts, if [`apply`] has made it what it is.
+pub fn control_dir(spec: &Value) -> Option<&Path> {
+    let mut mounts = spec["mounts"].as_array()?.iter();
+    Path::new(mounts.find(|m| m["destination"] == paths::CONTROL_DIR)?["source"].as_str()?).into()
+}
+
 /// Takes out the mounts that an earlier [`apply`] made.
 pub fn remove(spec: &mut Value) {
     if let Some(mounts) = spec.get_mut("mounts").and_then(Value::as_array_mut) {
@@ -145,6 +153,7 @@ mod tests {
             hook: "/usr/lib/phos/phos-hook".into(),
             control_dir: "/run/phos-runc/c-1/ctl".into(),
             default_mode: Mode::Mount,
+            toolkit_below: false,
         }
     }
 

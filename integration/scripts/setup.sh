@@ -13,6 +13,7 @@ packages=()
 command -v runc >/dev/null || packages+=(runc)
 command -v busybox >/dev/null || packages+=(busybox-static)
 command -v python3 >/dev/null || packages+=(python3)
+python3 -c "import yaml" 2>/dev/null || packages+=(python3-yaml)
 command -v cc >/dev/null || packages+=(gcc libc6-dev)
 if [ "${1:-}" = engines ]; then
     command -v podman >/dev/null || packages+=(podman)

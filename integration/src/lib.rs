@@ -9,4 +9,5 @@ pub mod engine;
 pub mod memory;
 pub mod sandbox;
 pub mod status;
+pub mod toolkit;
 pub mod tools;

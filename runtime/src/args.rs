@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
+use crate::state::valid_id;
+
 /// phos-runc's own flag: the file that a timeline of the job is written to.
 pub const TRACE: &str = "trace";
 
@@ -88,9 +90,9 @@ impl Args {
         args
     }
 
-    /// The container's id.
+    /// The container's id, if it is one: what is wrong with another, the lower runtime says.
     pub fn id(&self) -> Option<&str> {
-        self.rest.first().and_then(|id| id.to_str())
+        self.rest.first().and_then(|id| id.to_str()).filter(|id| valid_id(id))
     }
 
     /// Takes a flag of the verb out of the command line, with its value, wherever and however often it stands there.

@@ -14,12 +14,12 @@ use phos_engine::job::{CheckpointJob, CheckpointReport};
 use phos_engine::keeper::{self, WorkerRole};
 use phos_engine::processes;
 use phos_engine::service::{Client, ClientError, LowerOutput};
-use phos_hooks::{late, locate};
+use phos_hooks::{late, locate, plan};
 
 use crate::args::{Args, TRACE};
 use crate::config::{Config, find_criu};
 use crate::context::Context;
-use crate::state::StateDir;
+use crate::state::{StateDir, read_spec};
 use crate::{log, progress, trace};
 
 /// How long a worker may take until it can be spoken to. It does not touch the GPU before that.
@@ -113,6 +113,17 @@ fn declare_late_mounts(
     Ok(())
 }
 
+/// The configuration that the container runs with. A GPU toolkit's runtime below this one has edited the bundle's in its turn.
+fn effective_spec(state: &StateDir, bundle: &Path) -> serde_json::Value {
+    let bundles = read_spec(bundle).ok();
+    let ours = |spec: &serde_json::Value| plan::control_dir(spec) == Some(&state.control_dir());
+    match (state.spec(), bundles) {
+        (Some(_), Some(spec)) if ours(&spec) => spec,
+        (Some(spec), _) => spec,
+        (None, bundles) => bundles.unwrap_or_default(),
+    }
+}
+
 /// An annotation of the container.
 fn annotation<'a>(spec: &'a serde_json::Value, name: &str) -> Option<&'a str> {
     spec.get("annotations")?.get(name)?.as_str()
@@ -141,10 +152,7 @@ pub fn run(run: &Context) -> Result<i32> {
     }
     let lock = state.lock()?;
     let criu_version = prepare_environment(run, &state)?;
-    let mut effective_spec = match state.spec() {
-        Some(spec) => spec,
-        None => crate::state::read_spec(&container.bundle).unwrap_or_default(),
-    };
+    let mut effective_spec = effective_spec(&state, &container.bundle);
     declare_late_mounts(&mut effective_spec, &container.bundle, container.pid, &state)?;
     let library = run.config.library();
     let job = CheckpointJob {

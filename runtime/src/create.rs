@@ -4,7 +4,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use phos_hooks::{Host, inject, plan};
+use phos_hooks::{Host, detect, inject, plan};
 
 use crate::context::Context as Run;
 use crate::log;
@@ -16,21 +16,28 @@ pub fn bundle(run: &Run) -> Result<PathBuf> {
     Ok(env::current_dir().context("no working folder")?.join(named))
 }
 
+/// What there is to put into a container.
+pub fn host(run: &Run, state: &StateDir) -> Result<Host> {
+    Ok(Host {
+        library: run.config.library(),
+        hook: run.config.hook(),
+        control_dir: state.control_dir(),
+        default_mode: run.config.inject()?,
+        toolkit_below: detect::is_toolkits(&run.lower.path.to_string_lossy()),
+    })
+}
+
 /// Edits the bundle's configuration if its container uses a GPU; returns its state folder then.
 fn prepare(run: &Run, id: &str) -> Result<Option<StateDir>> {
     let bundle = bundle(run)?;
-    let mut spec = read_spec(&bundle)?;
+    // What is wrong with a configuration that cannot be read, the lower runtime says.
+    let Ok(mut spec) = read_spec(&bundle) else { return Ok(None) };
     let state = StateDir::of(&run.args, &run.config, id)?;
     if state.exists() && run.lower.state(&run.args, id)?.is_some() {
         // The id is taken: the lower runtime says so, and nothing of the container that has it is touched.
         return Ok(None);
     }
-    let host = Host {
-        library: run.config.library(),
-        hook: run.config.hook(),
-        control_dir: state.control_dir(),
-        default_mode: run.config.inject()?,
-    };
+    let host = host(run, &state)?;
     let injection = inject(&spec, &bundle, &host);
     injection.notes.iter().for_each(|n| log::warn(&run.args, n));
     if injection.edits.is_empty() {

@@ -26,12 +26,16 @@ const FALLBACK: &[&str] = &[
 
 /// Set in the environment of the lower runtime: phos-runc below phos-runc would never end.
 const GUARD: &str = "PHOS_RUNC_DEPTH";
+/// What `lower_runtime` says for the embedded one.
+const EMBEDDED: &str = "libcontainer";
 
 /// A found lower runtime.
 #[derive(Debug, Clone)]
 pub struct Lower {
     /// Its absolute path.
     pub path: PathBuf,
+    /// The word in front of its command line: this program's hidden verb, if the embedded one is meant.
+    word: Option<&'static str>,
 }
 
 /// The state of a container as the lower runtime's `state` prints it.
@@ -62,6 +66,11 @@ impl Lower {
             bail!("the lower runtime is phos-runc itself: set lower_runtime in {PATH} to the real runc");
         }
         if let Some(path) = config.lower_runtime() {
+            if path.as_os_str() == EMBEDDED {
+                return Self::embedded().context(
+                    "this build has no embedded libcontainer: build it with that feature, or name a runc",
+                );
+            }
             if !path.is_absolute() {
                 bail!("lower runtime {}: the path must be absolute", path.display());
             }
@@ -71,28 +80,54 @@ impl Lower {
             if !path.is_file() {
                 bail!("lower runtime {} does not exist", path.display());
             }
-            return Ok(Lower { path });
+            return Ok(Lower { path, word: None });
         }
         let beside = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("runc")));
         let mut candidates = beside.into_iter().chain(FALLBACK.iter().map(PathBuf::from));
-        match candidates.find(|p| p.is_file() && !same_file(p, own)) {
-            Some(path) => Ok(Lower { path }),
+        let found = candidates.find(|p| p.is_file() && !same_file(p, own));
+        match found.map(|path| Lower { path, word: None }).or_else(Self::embedded) {
+            Some(lower) => Ok(lower),
             None => bail!("no runc found: install it, or set lower_runtime in {PATH} or PHOS_LOWER_RUNTIME"),
         }
+    }
+
+    /// The one in this program.
+    #[cfg(feature = "libcontainer")]
+    fn embedded() -> Option<Self> {
+        Some(Lower { path: env::current_exe().ok()?, word: Some(crate::embedded::WORD) })
+    }
+
+    #[cfg(not(feature = "libcontainer"))]
+    fn embedded() -> Option<Self> {
+        None
+    }
+
+    /// Why it cannot checkpoint, if it cannot.
+    pub fn no_checkpoint(&self) -> Option<&'static str> {
+        self.word.map(|_| {
+            "the embedded libcontainer cannot checkpoint or restore: install runc, or name one in lower_runtime"
+        })
+    }
+
+    /// The program, to be given a command line.
+    pub fn program(&self) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(self.word).env(GUARD, "1");
+        command
     }
 
     /// Becomes the lower runtime. Returns only if that fails.
     pub fn exec(&self, args: &Args) -> Error {
         let words = args.without(TRACE).all;
-        let error = Command::new(&self.path).args(words).env(GUARD, "1").exec();
+        let error = self.program().args(words).exec();
         Error::from(error).context(format!("cannot run {}", self.path.display()))
     }
 
     /// Runs the same command line as a child with this process's streams; returns its exit status.
     pub fn run(&self, args: &Args) -> Result<i32> {
-        let status = Command::new(&self.path)
+        let status = self
+            .program()
             .args(&args.all)
-            .env(GUARD, "1")
             .status()
             .with_context(|| format!("cannot run {}", self.path.display()))?;
         let signal = std::os::unix::process::ExitStatusExt::signal(&status);
@@ -128,9 +163,9 @@ impl Lower {
 
     /// Asks for a container's state; `None` if the lower runtime does not know it.
     pub fn state(&self, args: &Args, id: &str) -> Result<Option<State>> {
-        let output = Command::new(&self.path)
+        let output = self
+            .program()
             .args(self.words(args, &["state", id]))
-            .env(GUARD, "1")
             .output()
             .with_context(|| format!("cannot run {}", self.path.display()))?;
         if !output.status.success() {
@@ -141,13 +176,13 @@ impl Lower {
 
     /// Runs a quiet command on the container; whether it succeeded.
     pub fn quietly(&self, args: &Args, verb: &[&str]) -> bool {
-        let output = Command::new(&self.path).args(self.words(args, verb)).env(GUARD, "1").output();
+        let output = self.program().args(self.words(args, verb)).output();
         output.is_ok_and(|o| o.status.success())
     }
 
     /// First line of its `--version`.
     pub fn version(&self) -> String {
-        let output = Command::new(&self.path).arg("--version").env(GUARD, "1").output();
+        let output = self.program().arg("--version").output();
         let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
         text.lines().next().unwrap_or_default().to_string()
     }

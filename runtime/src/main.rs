@@ -8,6 +8,8 @@ mod config;
 mod context;
 mod create;
 mod doctor;
+#[cfg(feature = "libcontainer")]
+mod embedded;
 mod gpu;
 mod inspect;
 mod log;
@@ -18,9 +20,9 @@ mod state;
 mod trace;
 
 use std::env;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use crate::args::Args;
 use crate::config::Config;
@@ -41,14 +43,27 @@ fn context(args: Args) -> Result<Context> {
     Ok(Context { args, config, lower })
 }
 
+/// Refuses what the lower runtime cannot do.
+fn able(run: Context) -> Result<Context> {
+    match run.lower.no_checkpoint() {
+        Some(why) => bail!(why),
+        None => Ok(run),
+    }
+}
+
 /// The lower runtime's own answer to `--version` or `--help`, with ours.
 fn describe(run: &Context) -> Result<i32> {
     let wanted = |names: &[&str]| names.iter().any(|n| run.args.global.contains_key(*n));
     if wanted(&["version", "v"]) {
         println!("phos-runc version {}", env!("CARGO_PKG_VERSION"));
     }
-    let status = Command::new(&run.lower.path).args(&run.args.all).status()?;
-    if !wanted(&["version", "v"]) {
+    let about_itself = run.args.all.is_empty()
+        || run.args.rest.is_empty() && (run.args.verb == "help" || wanted(&["help", "h"]));
+    if !about_itself && !wanted(&["version", "v"]) {
+        return Err(run.lower.exec(&run.args));
+    }
+    let status = run.lower.program().args(&run.args.all).status()?;
+    if about_itself {
         print!("{OWN_HELP}");
     }
     Ok(status.code().unwrap_or(1))
@@ -60,8 +75,10 @@ fn dispatch(args: &Args) -> Result<i32> {
         "create" => create::create(&own(args)?),
         "run" => create::run(&own(args)?),
         "delete" => create::delete(&own(args)?),
-        "checkpoint" => checkpoint::run(&own(args)?),
-        "restore" => restore::run(&own(args)?),
+        "checkpoint" => checkpoint::run(&able(own(args)?)?),
+        "restore" => restore::run(&able(own(args)?)?),
+        #[cfg(feature = "libcontainer")]
+        embedded::WORD => embedded::run(&args.all[args.verb_at + 1..]),
         "doctor" => doctor::run(args),
         "gpu" => gpu::run(&own(args)?),
         "inspect" => inspect::run(args),

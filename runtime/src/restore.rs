@@ -2,21 +2,23 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
-use std::{env, thread};
+use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use phos_engine::device::cuda::LIBCUDA_ENV;
 use phos_engine::image::Image;
 use phos_engine::job::{RestoreJob, RestoreReport};
 use phos_engine::keeper::{self, WorkerRole};
 use phos_engine::service::Client;
-use phos_hooks::{Host, Mode, detect, inject_as, merge, plan};
+use phos_hooks::{Mode, again, detect, inject_as, late, merge, plan};
+use serde_json::Value;
 
 use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
-use crate::create::bundle;
+use crate::create::{bundle, host};
 use crate::state::{StateDir, read_spec, write_spec};
 use crate::{log, trace};
 
@@ -55,14 +57,10 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
     let bundle = bundle(run)?;
     let mut spec = read_spec(&bundle)?;
     let before = spec.clone();
-    merge::merge(&mut spec, &image.manifest.effective_spec);
-    let library = run.config.library();
-    let host = Host {
-        library: library.clone(),
-        hook: run.config.hook(),
-        control_dir: state.control_dir(),
-        default_mode: run.config.inject()?,
-    };
+    let effective = effective_spec(run, image, &spec)?;
+    merge::merge(&mut spec, &effective);
+    state.write_criu_options(&late::restore_options(&image.manifest.effective_spec))?;
+    let host = host(run, state)?;
     let mode = detect::injected(&image.manifest.effective_spec);
     let injection = inject_as(mode, &spec, &bundle, &host);
     if mode != Mode::Off && injection.edits.is_empty() {
@@ -82,7 +80,7 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
         control_dir: state.control_dir(),
         image: path.to_path_buf(),
         timeouts: run.config.timeouts(),
-        library: Some(library),
+        library: Some(host.library),
     };
     let keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd())?;
     let socket = keeper.socket.clone();
@@ -115,10 +113,34 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
     }
 }
 
+/// The configuration that the container ran with, its files where this host has them.
+fn effective_spec(run: &Context, image: &Image, spec: &Value) -> Result<Value> {
+    let mut effective = image.manifest.effective_spec.clone();
+    let library = env::var_os(LIBCUDA_ENV).and_then(|p| fs::canonicalize(p).ok());
+    let driver = library.as_deref().and_then(Path::parent);
+    let (moved, missing) = again::find(&mut effective, spec, driver, Path::new("/"));
+    moved.iter().for_each(|line| log::warn(&run.args, line));
+    if let Some(first) = missing.first() {
+        let driver = match image.manifest.driver.release.as_str() {
+            "" => format!("API {}", image.manifest.driver.version),
+            release => release.into(),
+        };
+        bail!(
+            "the container had {} mounted from {}, which this host lacks: the image was made with driver {driver}; install what \
+             it belongs to",
+            first.destination,
+            first.source
+        );
+    }
+    Ok(effective)
+}
+
 /// Runs the lower runtime's restore, attaches the GPU, and waits for whatever the lower runtime waits for.
 async fn rebuild(run: &Context, client: &Client) -> Result<(i32, Option<RestoreReport>)> {
     let args = &run.args;
-    let mut child = Command::new(&run.lower.path)
+    let mut child = run
+        .lower
+        .program()
         .args(&args.without(TRACE).all)
         .stdin(Stdio::inherit())
         .spawn()

@@ -80,7 +80,10 @@ impl Facts {
             configuration,
             kernel: Kernel::probe(),
             criu: find_criu(&config).map_err(|e| format!("{e:#}")),
-            lower: Lower::find(&config).map(|l| (l.path.clone(), l.version())).map_err(|e| format!("{e:#}")),
+            lower: Lower::find(&config).map_err(|e| format!("{e:#}")).and_then(|l| match l.no_checkpoint() {
+                Some(why) => Err(why.into()),
+                None => Ok((l.path.clone(), l.version())),
+            }),
             library: installed(config.library()),
             hook: installed(config.hook()),
             driver: driver(),
