@@ -34,9 +34,8 @@ unsafe fn trim_block(at: usize, len: usize) -> u64 {
         unit += run.len();
         let end = (unit * STRETCH).min(len);
         // SAFETY: a part of the block; what is read there afterwards is zeros, as it was.
-        if run[0]
-            && unsafe { libc::madvise((at + begin) as *mut c_void, end - begin, libc::MADV_DONTNEED) } == 0
-        {
+        let give = || unsafe { libc::madvise((at + begin) as *mut c_void, end - begin, libc::MADV_DONTNEED) };
+        if run[0] && give() == 0 {
             given += (end - begin) as u64;
         }
     }
