@@ -1,8 +1,8 @@
 //! The gate: stops new GPU work in every thread, at the cost of a few nanoseconds while it is open.
 //!
 //! Every thread has a mark of its own that says how deep it is inside the driver. Entering sets the mark, then looks at
-//! the gate; closing sets the gate, then looks at the marks. Between the two steps of a side a memory barrier is
-//! needed, and only the closing side pays for it: `membarrier(2)` makes every running thread execute one.
+//! the gate; closing sets the gate, then looks at the marks ([`crate::gate_core`]). Between the two steps of a side a memory
+//! barrier is needed, and only the closing side pays for it: `membarrier(2)` makes every running thread execute one.
 //!
 //! A thread that only waits for the GPU inside the driver does not keep the gate from closing: what it waits for may take
 //! a while. But it has to be out of the driver before the driver's state is taken away, see [`settle`].
@@ -10,21 +10,14 @@
 use std::cell::Cell;
 use std::ptr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::gate_base::State;
+use crate::gate_core::{CALLS, CLOSED, Gate, WAITING};
 use crate::thread_slot;
 
-/// Bit of [`STATE`]: nobody may enter.
-const CLOSED: u32 = 1;
-/// Bit of [`STATE`]: `membarrier` does not work here, so entering threads pay for a barrier themselves.
-const FENCED: u32 = 2;
-
-/// What a thread that waits for the GPU adds to its mark; other calls add 1.
-const WAITING: u32 = 1 << 16;
-
-/// Of these bits; the futex that waiting threads sleep on. 0 as long as entering is free.
-static STATE: AtomicU32 = AtomicU32::new(0);
+static GATE: Gate = Gate { state: State::open(), closer: AtomicBool::new(false) };
 
 /// A thread's mark. A cache line of its own.
 #[repr(align(128))]
@@ -83,9 +76,7 @@ pub struct Pass(&'static Slot);
 impl Drop for Pass {
     #[inline(always)]
     fn drop(&mut self) {
-        let depth = self.0.depth.load(Ordering::Relaxed);
-        // Release: whoever sees the mark gone sees what the driver did for this call.
-        self.0.depth.store(depth - 1, Ordering::Release);
+        Gate::leave(&self.0.depth, 1);
     }
 }
 
@@ -102,18 +93,8 @@ fn own_slot() -> &'static Slot {
 #[inline(always)]
 pub fn gate() -> Pass {
     let slot = own_slot();
-    enter(slot, 1);
+    GATE.enter(&slot.depth, 1);
     Pass(slot)
-}
-
-#[inline(always)]
-fn enter(slot: &'static Slot, mark: u32) {
-    let depth = slot.depth.load(Ordering::Relaxed);
-    slot.depth.store(depth + mark, Ordering::Relaxed);
-    compiler_fence(Ordering::SeqCst);
-    if STATE.load(Ordering::Acquire) != 0 {
-        look_again(slot, depth, mark);
-    }
 }
 
 /// A thread's leave to wait for the GPU inside the driver.
@@ -121,24 +102,15 @@ pub struct Wait(&'static Slot);
 
 impl Drop for Wait {
     fn drop(&mut self) {
-        self.0.depth.fetch_sub(WAITING, Ordering::Release);
+        Gate::leave(&self.0.depth, WAITING);
     }
 }
 
 /// Enters to wait for the GPU, waiting first while the gate is closed.
 pub fn waiting() -> Wait {
     let slot = own_slot();
-    enter(slot, WAITING);
+    GATE.enter(&slot.depth, WAITING);
     Wait(slot)
-}
-
-/// The mark is set and the state is not 0.
-#[cold]
-fn look_again(slot: &Slot, depth: u32, mark: u32) {
-    fence(Ordering::SeqCst);
-    if depth == 0 && STATE.load(Ordering::Acquire) & CLOSED != 0 {
-        wait(slot, mark);
-    }
 }
 
 /// Enters and counts a launch.
@@ -150,64 +122,18 @@ pub fn launch() -> Pass {
     pass
 }
 
-#[cold]
-fn wait(slot: &Slot, mark: u32) {
-    loop {
-        slot.depth.store(0, Ordering::Release);
-        let state = STATE.load(Ordering::Relaxed) | CLOSED;
-        // SAFETY: a futex wait on a static word, without a timeout.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                STATE.as_ptr(),
-                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                state,
-                std::ptr::null::<libc::timespec>(),
-            );
-        }
-        slot.depth.store(mark, Ordering::Relaxed);
-        fence(Ordering::SeqCst);
-        if STATE.load(Ordering::Acquire) & CLOSED == 0 {
-            return;
-        }
-    }
-}
-
-/// `membarrier` commands of linux/membarrier.h.
-const PRIVATE_EXPEDITED: i32 = 1 << 3;
-const REGISTER_PRIVATE_EXPEDITED: i32 = 1 << 4;
-
-/// Makes every thread of the process pass a full barrier.
-fn barrier() {
-    // The registration belongs to the address space and is lost with it: after a restore it must be made anew.
-    // SAFETY: membarrier touches no memory of ours.
-    let done = unsafe {
-        libc::syscall(libc::SYS_membarrier, REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0
-            && libc::syscall(libc::SYS_membarrier, PRIVATE_EXPEDITED, 0, 0) == 0
-    };
-    if !done {
-        STATE.fetch_or(FENCED, Ordering::SeqCst);
-        // A thread that read the state just before may be between its two steps; it gets out of them in this time.
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Whoever has closed the gate, or is about to: one at a time.
-static CLOSER: AtomicBool = AtomicBool::new(false);
-
 /// Closes the gate and waits until no thread is inside, but for those that wait for the GPU. If that takes longer than
 /// `patience` the gate is opened again and `false` returned.
 pub fn close(patience: Duration) -> bool {
     let deadline = Instant::now() + patience;
-    while CLOSER.swap(true, Ordering::Acquire) {
+    while !GATE.claim() {
         if Instant::now() > deadline {
             return false;
         }
         std::thread::sleep(Duration::from_micros(100));
     }
-    STATE.fetch_or(CLOSED, Ordering::SeqCst);
-    barrier();
-    let closed = empty(deadline, WAITING - 1);
+    GATE.shut();
+    let closed = empty(deadline, CALLS);
     if !closed {
         open();
     }
@@ -226,7 +152,7 @@ fn empty(deadline: Instant, mask: u32) -> bool {
     loop {
         let inside = {
             let slots = SLOTS.lock().unwrap_or_else(|e| e.into_inner());
-            slots.iter().any(|s| s.depth.load(Ordering::Acquire) & mask != 0)
+            slots.iter().any(|s| Gate::is_inside(&s.depth, mask))
         };
         if !inside {
             return true;
@@ -245,18 +171,13 @@ fn empty(deadline: Instant, mask: u32) -> bool {
 
 /// Opens the gate, which the caller has closed, and wakes everyone who waits.
 pub fn open() {
-    STATE.fetch_and(!CLOSED, Ordering::SeqCst);
-    CLOSER.store(false, Ordering::Release);
-    // SAFETY: a futex wake on a static word.
-    unsafe {
-        libc::syscall(libc::SYS_futex, STATE.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX);
-    }
+    GATE.open();
 }
 
 /// In a child after `fork`: its one thread is inside nothing, and the gate's state was the parent's.
 pub fn reset_after_fork() {
-    STATE.fetch_and(!CLOSED, Ordering::SeqCst);
-    CLOSER.store(false, Ordering::Relaxed);
+    GATE.state.fetch_and(!CLOSED, Ordering::SeqCst);
+    GATE.closer.store(false, Ordering::Relaxed);
     if let Ok(slots) = SLOTS.try_lock() {
         slots.iter().for_each(|s| s.depth.store(0, Ordering::Relaxed));
     }

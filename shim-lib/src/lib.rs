@@ -23,6 +23,8 @@ mod entry;
 mod exports;
 mod fds;
 mod gate;
+mod gate_base;
+mod gate_core;
 mod ipc;
 mod ipc_door;
 mod ipc_events;
