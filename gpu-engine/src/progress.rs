@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+/// How often the log hears of bytes that are being moved.
+const LOG_EVERY: Duration = Duration::from_secs(1);
+
 /// A snapshot of a job's progress.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Step {
@@ -41,6 +44,9 @@ pub struct Progress {
     name: Mutex<&'static str>,
     done: AtomicU64,
     total: AtomicU64,
+    /// When the step began and when the log hears of it next, milliseconds since the job began.
+    step_began: AtomicU64,
+    log_at: AtomicU64,
     finished: AtomicBool,
     spans: Mutex<Vec<Span>>,
 }
@@ -52,6 +58,8 @@ impl Default for Progress {
             name: Mutex::new("starting"),
             done: AtomicU64::new(0),
             total: AtomicU64::new(0),
+            step_began: AtomicU64::new(0),
+            log_at: AtomicU64::new(0),
             finished: AtomicBool::new(false),
             spans: Mutex::new(Vec::new()),
         }
@@ -65,11 +73,26 @@ impl Progress {
         *self.name.lock().unwrap_or_else(|e| e.into_inner()) = name;
         self.done.store(0, Ordering::Relaxed);
         self.total.store(total, Ordering::Relaxed);
+        let now = self.begin.elapsed();
+        self.step_began.store(now.as_millis() as u64, Ordering::Relaxed);
+        self.log_at.store((now + LOG_EVERY).as_millis() as u64, Ordering::Relaxed);
     }
 
-    /// Counts bytes of the present step.
+    /// Counts bytes of the present step. Now and then the log says how far it is.
     pub fn add(&self, bytes: u64) {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let now = self.begin.elapsed().as_millis() as u64;
+        let due = self.log_at.load(Ordering::Relaxed);
+        let next = now + LOG_EVERY.as_millis() as u64;
+        // Of several threads that see it is time, one says so.
+        if now >= due && self.log_at.compare_exchange(due, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            let (step, total) = (self.now().name, self.total.load(Ordering::Relaxed));
+            let ms = now.saturating_sub(self.step_began.load(Ordering::Relaxed)).max(1);
+            let left_ms = u128::from(total.saturating_sub(done)) * u128::from(ms) / u128::from(done.max(1));
+            let gb_s = (done as f64 / 1e4 / ms as f64).round() / 1e2;
+            tracing::info!(step, done, total, gb_s, left_ms = left_ms as u64, "progress");
+        }
     }
 
     /// Records what took `time` from `begin` on.
@@ -103,6 +126,55 @@ impl Progress {
             total: self.total.load(Ordering::Relaxed),
             elapsed_ms: self.begin.elapsed().as_millis() as u64,
             finished: self.finished.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::Arc;
+    use std::thread;
+
+    use super::*;
+
+    /// What a log writes.
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_log_hears_of_long_steps_now_and_then() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let progress = Progress::default();
+            progress.step("copy", 100 << 20);
+            (0..10).for_each(|_| progress.add(1 << 20));
+            thread::sleep(LOG_EVERY);
+            (0..10).for_each(|_| progress.add(1 << 20));
+        });
+        let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let lines: Vec<_> = text.lines().filter(|l| l.contains(" progress step=")).collect();
+        let [line] = lines.as_slice() else { panic!("{text}") };
+        for word in [
+            "step=\"copy\"",
+            &format!("done={}", 11 << 20),
+            &format!("total={}", 100 << 20),
+            "gb_s=0.01",
+            "left_ms=",
+        ] {
+            assert!(line.contains(word), "{word} is missing in {line}");
         }
     }
 }

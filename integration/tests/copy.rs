@@ -192,3 +192,32 @@ fn what_is_loaded_is_what_was_saved_or_it_is_refused() {
     }
     loaded(device.as_ref(), folder.path(), tuning).unwrap();
 }
+
+#[test]
+fn memory_may_come_and_go_between_rounds() {
+    let device = device();
+    let gpu = memory::first_gpu(device.as_ref()).unwrap();
+    let regions: Vec<_> = (0..3).map(|_| device.allocate(gpu.id, SIZE as u64).unwrap()).collect();
+    let words = words(&regions);
+    words.iter().enumerate().for_each(|(n, block)| {
+        block.iter().enumerate().for_each(|(i, w)| w.store((i << 8 | n) as u64, Ordering::Relaxed));
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let writer = ImageWriter::create(folder.path(), 2, Codec::None).unwrap();
+    let progress = Progress::default();
+    let tuning = Tuning { lanes: 2, piece: 2 * CHUNK };
+    let ledger = memory::ledger(&regions[..2], SIZE as u64);
+    let mut session = Session::prepare(device.as_ref(), &progress, writer, tuning, ledger).unwrap();
+    let all = session.ledger.all();
+    session.round(&all).unwrap();
+    // The first one is freed, a third one is made, and the second one changes in one chunk.
+    session.ledger.retain(|(_, id)| id != 0);
+    session.ledger.add((0, 2), gpu.id, regions[2].address, SIZE as u64);
+    words[1][3 * CHUNK / 8].store(0xdead, Ordering::Relaxed);
+    let quiesced = session.quiesce().unwrap();
+    assert_eq!(quiesced.dirty_bytes, (SIZE + CHUNK) as u64);
+    let (writer, ledger) = session.finish();
+    let table = ledger.all().into_iter().map(|c| ledger.saved(c)).collect();
+    writer.commit(memory::manifest(&gpu, &regions[1..], SIZE as u64), table).unwrap();
+    assert!(read(folder.path()) == contents(&words[1..]));
+}

@@ -82,7 +82,6 @@ fn copying_needs_the_buffers_and_little_more() {
             writer.commit(memory::manifest(&gpu, &regions, REGION as u64), table).unwrap();
         });
         assert!(saving <= buffers(tuning) + BESIDE, "{codec}: saving took {saving} bytes");
-        let tuning = Tuning { lanes: LANES, ..Tuning::to_load() };
         let loading = growth(|| {
             let image = Image::open(folder.path()).unwrap();
             let regions = copy::regions(&image);

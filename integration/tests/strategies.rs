@@ -64,7 +64,7 @@ fn incremental(tools: &Tools) -> Result<()> {
         last = name.into();
     }
     let whole = whole["written_bytes"].as_u64().unwrap_or(0);
-    assert!(least * 10 < whole, "at best {least} bytes of {whole}");
+    assert!(least * 50 < whole, "at best {least} bytes of {whole}: an idle program's increment is under 2 %");
     container.steps(1)?;
     let text = container.place.command(
         &container.runtime,

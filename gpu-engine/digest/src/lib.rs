@@ -155,6 +155,26 @@ mod tests {
         assert_eq!(digest(&[0; CHUNK]), ZERO_CHUNK);
     }
 
+    /// What the threads of the GPU's kernel do: each takes every 256th block, with keys that grow by a fixed step, and the
+    /// sums are added in another order.
+    fn as_the_kernel_does(chunk: &[u8]) -> Digest {
+        const THREADS: u64 = 256;
+        let (mut a, mut b) = (0u64, 0u64);
+        for t in (0..THREADS).rev() {
+            let mut keys = [A, B, C, D].map(|c| c.wrapping_mul(2 * t + 1));
+            for block in chunk.as_chunks::<16>().0.iter().skip(t as usize).step_by(THREADS as usize) {
+                let value = u128::from_le_bytes(*block);
+                let (x, y) = (value as u64, (value >> 64) as u64);
+                a = a.wrapping_add(fold(x ^ keys[0], y ^ keys[1]));
+                b = b.wrapping_add(fold((x << 32 | x >> 32) ^ keys[2], y ^ keys[3]));
+                for (key, c) in keys.iter_mut().zip([A, B, C, D]) {
+                    *key = key.wrapping_add(c.wrapping_mul(2 * THREADS));
+                }
+            }
+        }
+        Digest([mix(a ^ CHUNK as u64), mix(b.wrapping_add(CHUNK as u64))])
+    }
+
     #[test]
     fn structured_chunks_differ() {
         // One word moved, swapped, or changed by one bit, over zeros: the cases accidents are made of.
@@ -175,6 +195,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_kernels_way_gives_the_same(seed: u64, zeros in 0..CHUNK) {
+            let mut state = seed;
+            let mut chunk = vec![0; CHUNK];
+            chunk[zeros..].iter_mut().for_each(|byte| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                *byte = (state >> 56) as u8;
+            });
+            prop_assert_eq!(as_the_kernel_does(&chunk), digest(&chunk));
+        }
+
         #[test]
         fn any_changed_byte_changes_both_lanes(
             mut data in prop::collection::vec(any::<u8>(), 1..5000), at: prop::sample::Index, by in 1u8..,

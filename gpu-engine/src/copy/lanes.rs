@@ -11,10 +11,9 @@ use crate::error::EngineError;
 use crate::image::{CHUNK, Digest, Saved, Sink};
 use crate::progress::Progress;
 
-/// Bytes moved by one copy. Two buffers of this size per thread keep link and file busy at the same time.
+/// Bytes moved by one copy. Two buffers of this size per thread keep link and file busy at the same time; page-locked
+/// memory is slow to allocate, and a restore waits for it.
 const PIECE: usize = 2 << 20;
-/// Bytes moved by one copy to the GPU. Page-locked memory is slow to allocate, and a restore waits for it.
-const LOAD_PIECE: usize = 2 << 20;
 /// More threads than this no longer raise the rate (FACTS: a file system's own limit comes first).
 const MOST_LANES: usize = 12;
 
@@ -32,14 +31,13 @@ pub struct Tuning {
     pub piece: usize,
 }
 
-impl Tuning {
-    /// What suits loading an image.
-    pub fn to_load() -> Self {
-        Tuning { lanes: lane_count(), piece: LOAD_PIECE }
+impl Default for Tuning {
+    fn default() -> Self {
+        lane_count().into()
     }
 }
 
-/// So many threads, with what suits saving.
+/// So many threads.
 impl From<usize> for Tuning {
     fn from(lanes: usize) -> Self {
         Tuning { lanes, piece: PIECE }

@@ -105,7 +105,7 @@ impl Restore {
                 let allocated = || {
                     let _ = allocated.send(());
                 };
-                copy::load(device.as_ref(), &image, &regions, Tuning::to_load(), &progress, allocated)
+                copy::load(device.as_ref(), &image, &regions, Tuning::default(), &progress, allocated)
             })
         };
         match is_allocated.recv() {

@@ -23,7 +23,7 @@ impl Bench {
     pub fn load_from(&self, folder: &Folder, codec: Codec) -> Result<()> {
         let bytes = folder.blocks as u64 * BLOCK;
         let files = self.write_image(folder, codec)?;
-        let tunings = if codec == Codec::None { &folder.loading[..] } else { &folder.loading[..1] };
+        let tunings = if codec == Codec::None { &folder.tunings[..] } else { &folder.tunings[..1] };
         let packed = if codec == Codec::None { String::new() } else { format!(", {codec}") };
         for tuning in tunings {
             let (mut plain, mut own) = (Vec::new(), Vec::new());

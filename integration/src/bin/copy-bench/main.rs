@@ -43,8 +43,7 @@ struct Folder {
     kind: &'static str,
     /// How much of the memory goes there.
     blocks: usize,
-    saving: Vec<Tuning>,
-    loading: Vec<Tuning>,
+    tunings: Vec<Tuning>,
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -104,13 +103,11 @@ impl Bench {
         let tmpfs = statfs(above).is_ok_and(|s| s.filesystem_type() == TMPFS_MAGIC);
         let all = self.regions.len();
         let every = |lanes| PIECES.map(|piece| Tuning { lanes, piece }).to_vec();
-        let (saving, loading) = (Tuning::from(self.lanes), Tuning { lanes: self.lanes, ..Tuning::to_load() });
         Ok(Folder {
             path: path.into(),
             kind: if tmpfs { "tmpfs" } else { "disk" },
             blocks: if tmpfs { all } else { all.min((disk_bytes / BLOCK).max(1) as usize) },
-            saving: if sweep && tmpfs { every(self.lanes) } else { vec![saving] },
-            loading: if sweep && tmpfs { every(self.lanes) } else { vec![loading] },
+            tunings: if sweep && tmpfs { every(self.lanes) } else { vec![self.lanes.into()] },
         })
     }
 }

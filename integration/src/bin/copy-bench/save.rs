@@ -149,8 +149,8 @@ impl Bench {
         let bytes = folder.blocks as u64 * BLOCK;
         // A first run on fresh memory or blocks would measure how they are found.
         fresh(&folder.path)?;
-        self.write(folder, folder.saving[0])?;
-        for tuning in &folder.saving {
+        self.write(folder, folder.tunings[0])?;
+        for tuning in &folder.tunings {
             let (mut plain, mut own) = (Vec::new(), Vec::new());
             for _ in 0..RUNS {
                 fresh(&folder.path)?;
