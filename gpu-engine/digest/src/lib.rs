@@ -166,7 +166,7 @@ mod tests {
                 let value = u128::from_le_bytes(*block);
                 let (x, y) = (value as u64, (value >> 64) as u64);
                 a = a.wrapping_add(fold(x ^ keys[0], y ^ keys[1]));
-                b = b.wrapping_add(fold((x << 32 | x >> 32) ^ keys[2], y ^ keys[3]));
+                b = b.wrapping_add(fold(x.rotate_left(32) ^ keys[2], y ^ keys[3]));
                 for (key, c) in keys.iter_mut().zip([A, B, C, D]) {
                     *key = key.wrapping_add(c.wrapping_mul(2 * THREADS));
                 }
