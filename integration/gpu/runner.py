@@ -287,6 +287,8 @@ MATRIX = {
     "jax": (("jax_steps.py", "--gb", "2"), ("XLA_PYTHON_CLIENT_PREALLOCATE=false",)),
     "cupy": (("cupy_steps.py", "--gb", "2"), ()),
     "triton": (("triton_steps.py", "--gb", "2"), ()),
+    "numba": (("numba_steps.py", "--gb", "2"), ()),
+    "torch-ipc": (("torch_ipc.py", "--gb", "2"), ()),
 }
 
 
