@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the demo and the tests need and the machine lacks: runc, busybox, and a CRIU of at least 4.1 in
 # .tools/ (Debian 13's, run by its own loader, where the machine has none). Needs root and apt. Quick when all is there.
-# `setup.sh engines` installs Docker, containerd and Podman too, for the tests that type their commands.
+# `setup.sh engines` installs Docker, containerd and Podman too, for the tests that type their commands, and an allocator that
+# is preloaded beside libphos.so.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 tools="$top/.tools"
@@ -17,6 +18,7 @@ python3 -c "import yaml" 2>/dev/null || packages+=(python3-yaml)
 command -v cc >/dev/null || packages+=(gcc libc6-dev)
 if [ "${1:-}" = engines ]; then
     command -v podman >/dev/null || packages+=(podman)
+    [ -e /usr/lib/x86_64-linux-gnu/libjemalloc.so.2 ] || packages+=(libjemalloc2)
     command -v conmon >/dev/null || packages+=(conmon)
     { [ -x /usr/sbin/dockerd ] || [ -x /usr/bin/dockerd ]; } || packages+=(docker.io containerd iptables)
 fi

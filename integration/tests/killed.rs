@@ -56,7 +56,8 @@ fn slow_place(tools: &Tools, fails: bool) -> Result<Place> {
 fn worker(tools: &Tools) -> Result<()> {
     for fails in [true, false] {
         let place = slow_place(tools, fails)?;
-        let container = place.sample(&["--mib", "24"])?;
+        // Once with memory that two processes share.
+        let container = place.sample(if fails { &["--mib", "24"] } else { &["--pair"] })?;
         container.start()?;
         let before = container.steps(3)?.len();
         thread::scope(|scope| {
@@ -87,7 +88,7 @@ fn the_program_goes_on_when_the_worker_is_killed() {
 }
 
 /// The worker dies when the processes are already in CRIU's image and nowhere else: another one finishes it.
-fn after_the_dump(tools: &Tools) -> Result<()> {
+fn after_the_dump(tools: &Tools, options: &[&str]) -> Result<()> {
     let mut place = Place::new(tools)?;
     let (path, mark) = (place.path("lingering-runc"), place.path("dumped"));
     let script = format!(
@@ -98,7 +99,7 @@ fn after_the_dump(tools: &Tools) -> Result<()> {
     fs::write(&path, script)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     place.env.insert("PHOS_LOWER_RUNTIME".into(), path.into());
-    let container = place.sample(&["--mib", "24"])?;
+    let container = place.sample(options)?;
     container.start()?;
     container.steps(3)?;
     thread::scope(|scope| {
@@ -119,7 +120,8 @@ fn after_the_dump(tools: &Tools) -> Result<()> {
 #[test]
 fn the_image_is_finished_when_the_worker_is_killed_after_the_dump() {
     sandboxed("the_image_is_finished_when_the_worker_is_killed_after_the_dump", |tools| {
-        after_the_dump(tools).unwrap()
+        after_the_dump(tools, &["--mib", "24"]).unwrap();
+        after_the_dump(tools, &["--pair"]).unwrap();
     });
 }
 

@@ -1,12 +1,18 @@
-//! Programs that fork, execute others, and close descriptors that are not theirs.
+//! Programs that fork, execute others, and close descriptors that are not theirs, and libraries that are preloaded beside.
 
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result, ensure};
+use phos_engine::peer::{AttachListener, ControlDir, Library};
 use phos_integration::application::Application;
+use phos_integration::status;
+use phos_integration::tools::built;
 
 const MIB: usize = 1 << 20;
 
@@ -96,4 +102,64 @@ fn children_hold_no_memory_and_no_socket() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(!text.contains("simgpu") && !text.contains("socket"), "{text}");
     app.free(address);
+}
+
+/// The sample program with libraries loaded in front of everything, parked and attached while it runs.
+fn beside(preload: &str, by_preload: bool) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (own, driver) = (built("libphos.so")?, built("libsimcuda.so")?);
+    let (control, status_file) = (folder.path().join("control"), folder.path().join("status"));
+    fs::create_dir(&control)?;
+    // Either the library is what the program finds as its driver, or it is preloaded behind its neighbour.
+    let (found, preload) = match by_preload {
+        true => (&driver, format!("{preload}:{}", own.display())),
+        false => (&own, preload.to_string()),
+    };
+    symlink(found, folder.path().join("libcuda.so.1"))?;
+    let mut program = Command::new(built("phos-sample")?)
+        .args(["--mib", "16", "--stop-file"])
+        .arg(folder.path().join("stop"))
+        .arg("--out")
+        .arg(&status_file)
+        .env("LD_LIBRARY_PATH", folder.path())
+        .env("LD_PRELOAD", &preload)
+        .env("PHOS_REAL_LIBCUDA", &driver)
+        .env("PHOS_CONTROL_DIR", &control)
+        // What the driver keeps for ever is no business of this test.
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .spawn()?;
+    let run = || -> Result<()> {
+        let pid = program.id() as i32;
+        let limit = Duration::from_secs(60);
+        status::check(&status::wait_for(&status_file, 3, limit)?)?;
+        let control = ControlDir::open(&control)?;
+        let library = Library::connect(&control, pid, pid)?.context("the library listens")?;
+        let update = library.park(0, limit, 0)?;
+        library.taken()?;
+        ensure!(!update.added.is_empty(), "nothing was parked");
+        let listener = AttachListener::bind(&control)?;
+        let library = listener.accept(&[(pid, pid)], Instant::now() + limit)?;
+        let entries: Vec<_> = update.added.iter().map(|(e, fd)| (*e, fd.as_raw_fd())).collect();
+        library.attach(&entries)?;
+        status::check(&status::wait_for(&status_file, 3, limit)?)
+    };
+    let result = run();
+    fs::write(folder.path().join("stop"), "")?;
+    let ended = program.wait()?;
+    result.with_context(|| format!("beside {preload}"))?;
+    ensure!(ended.success(), "beside {preload}: {ended}");
+    Ok(())
+}
+
+#[test]
+fn allocators_and_sanitizers_that_are_preloaded_do_no_harm() {
+    let asan = Command::new("cc").arg("-print-file-name=libasan.so").output().unwrap();
+    let asan = String::from_utf8(asan.stdout).unwrap().trim().to_string();
+    let jemalloc = "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2";
+    for neighbour in [asan.as_str(), jemalloc] {
+        assert!(Path::new(neighbour).exists(), "{neighbour} is missing: run integration/scripts/setup.sh");
+        for by_preload in [false, true] {
+            beside(neighbour, by_preload).unwrap();
+        }
+    }
 }

@@ -76,9 +76,17 @@ impl Partner {
         self.child.id() as i32
     }
 
-    /// The answer: a code of CUDA or a value.
-    fn ask(&mut self, command: &str) -> Result<u64, Code> {
+    fn say(&mut self, command: &str) {
         writeln!(self.to, "{command}").unwrap();
+    }
+
+    fn ask(&mut self, command: &str) -> Result<u64, Code> {
+        self.say(command);
+        self.answer()
+    }
+
+    /// A code of CUDA or a value.
+    fn answer(&mut self) -> Result<u64, Code> {
         for line in self.from.by_ref().lines() {
             let line = line.unwrap();
             if let Some(value) = line.strip_prefix("value ") {
@@ -88,7 +96,7 @@ impl Partner {
                 return Err(code.parse().unwrap());
             }
         }
-        panic!("the partner ended at '{command}'");
+        panic!("the partner has ended");
     }
 
     fn open(&mut self, handle: Handle) -> Result<u64, Code> {
@@ -241,6 +249,20 @@ fn memory_by_ipc() {
         partner.ask(&format!("close {there}")).unwrap();
         app.free(another);
     }
+
+    // Who asks a process that is parked gets its answer when that one is back.
+    let late = app.alloc(5 * MIB);
+    app.fill(late, 55, 100);
+    let handle = handle_of(&app, late);
+    let (ours, taken) = app.park().unwrap();
+    taken.unwrap();
+    partner.say(&format!("open {}", hex(&handle)));
+    thread::sleep(Duration::from_millis(50));
+    app.attach(&ours).unwrap();
+    let there = partner.answer().unwrap();
+    assert_eq!(partner.ask(&format!("read {there}")), Ok(55));
+    partner.ask(&format!("close {there}")).unwrap();
+    app.free(late);
 
     // Memory that runs out moves nothing that is shared.
     let mut held = Vec::new();
