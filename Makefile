@@ -1,10 +1,12 @@
 # phos-runc. `make demo` and `make test` are all a newcomer needs; both install what the machine lacks (root, apt).
 
 PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+PROFILE ?= release
 DESTDIR ?=
 CARGO ?= cargo
 
-.PHONY: all demo test setup build release install kernels plot gpu-bundle
+.PHONY: all demo test setup build debug release install uninstall kernels plot gpu-bundle
 
 all: release
 
@@ -23,15 +25,27 @@ test: build
 	integration/scripts/setup.sh engines
 	$(CARGO) test --workspace
 
+debug: build
+
 release:
 	$(CARGO) build --release -p phos-runc -p phos-shim -p phos-hooks
 
-install: release
-	install -D -m 755 target/release/phos-runc $(DESTDIR)$(PREFIX)/bin/phos-runc
-	install -D -m 755 target/release/libphos.so $(DESTDIR)$(PREFIX)/lib/phos/libphos.so
-	install -D -m 755 target/release/phos-hook $(DESTDIR)$(PREFIX)/lib/phos/phos-hook
+# PROFILE=debug installs what `make build` has made. An existing file of the host's own is never written over: examples for the
+# engines go to share/, and where an engine reads a folder of further files, one goes there unless there is one already.
+install: $(PROFILE)
+	install -D -m 755 target/$(PROFILE)/phos-runc $(DESTDIR)$(PREFIX)/bin/phos-runc
+	install -D -m 755 target/$(PROFILE)/libphos.so $(DESTDIR)$(PREFIX)/lib/phos/libphos.so
+	install -D -m 755 target/$(PROFILE)/phos-hook $(DESTDIR)$(PREFIX)/lib/phos/phos-hook
 	install -D -m 644 contrib/man/phos-runc.8 $(DESTDIR)$(PREFIX)/share/man/man8/phos-runc.8
 	install -D -m 644 contrib/completions/phos-runc.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/phos-runc
+	DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" contrib/configuration.sh install
+
+# Leaves configuration that was changed since.
+uninstall:
+	DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" SYSCONFDIR="$(SYSCONFDIR)" contrib/configuration.sh uninstall
+	rm -f $(DESTDIR)$(PREFIX)/bin/phos-runc $(DESTDIR)$(PREFIX)/lib/phos/libphos.so $(DESTDIR)$(PREFIX)/lib/phos/phos-hook \
+	  $(DESTDIR)$(PREFIX)/share/man/man8/phos-runc.8 $(DESTDIR)$(PREFIX)/share/bash-completion/completions/phos-runc
+	-rmdir --ignore-fail-on-non-empty $(DESTDIR)$(PREFIX)/lib/phos
 
 # Recompiles the GPU kernels; the results are committed, so this is needed only after changing them.
 kernels:
