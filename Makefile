@@ -6,7 +6,7 @@ PROFILE ?= release
 DESTDIR ?=
 CARGO ?= cargo
 
-.PHONY: all demo test setup build debug release install uninstall kernels plot gpu-bundle
+.PHONY: all demo test test-embedded setup build debug release install uninstall kernels plot gpu-bundle
 
 all: release
 
@@ -26,6 +26,11 @@ test: build
 	$(CARGO) test --workspace
 
 debug: build
+
+# The embedded lower runtime beside runc. A folder of its own, so that the features of one build do not undo another's.
+test-embedded: build
+	$(CARGO) build -p phos-runc --features libcontainer --target-dir target/embedded
+	PHOS_EMBEDDED=$(CURDIR)/target/embedded/debug/phos-runc $(CARGO) test -p phos-integration --test conformance embedded
 
 release:
 	$(CARGO) build --release -p phos-runc -p phos-shim -p phos-hooks

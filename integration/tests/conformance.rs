@@ -469,3 +469,67 @@ fn global(tools: &Tools) -> Result<()> {
 fn global_flags_mean_the_same() {
     sandboxed("global_flags_mean_the_same", |tools| global(tools).unwrap());
 }
+
+/// Commands that the embedded libcontainer answers otherwise, with how many of each: `runtime/README.md` says why.
+const OTHERWISE: &[&str] = &[];
+
+/// Whether two answers mean the same: what was done or found is equal, and a command fails where the other one fails. The words
+/// of an error are each runtime's own.
+fn means_the_same(lower: &str, own: &str) -> bool {
+    let status = |answer: &str| -> Option<(i32, String)> {
+        let (_, rest) = answer.split_once(" ended with ")?;
+        let (number, text) = rest.split_once(':')?;
+        Some((number.parse().ok()?, text.to_string()))
+    };
+    let (Some((lower_status, lower_text)), Some((own_status, own_text))) = (status(lower), status(own))
+    else {
+        return lower == own;
+    };
+    let shown = |text: &str| {
+        text.lines().find(|l| l.contains("\"status\"")).map(|l| l.trim().trim_end_matches(',').to_string())
+    };
+    let failed = [1, 255].contains(&lower_status) && own_status != 0;
+    (lower_status == own_status || failed) && shown(&lower_text) == shown(&own_text)
+}
+
+fn embedded(tools: &Tools, program: &Path) -> Result<()> {
+    let lower = Place::new(tools)?;
+    let mut own = Place::new(tools)?;
+    own.env.insert("PHOS_LOWER_RUNTIME".into(), "libcontainer".into());
+    let mut otherwise = Vec::new();
+    for (args, lines) in [(&SLEEP[..], LIFE), (&SLEEP, INSIDE), (&["/bin/sh", "-c", "exit 3"], ENDING)] {
+        let lower = Side::new(&lower, &tools.runc, args)?.converse(lines, &[])?;
+        let own = Side::new(&own, program, args)?.converse(lines, &[])?;
+        let pairs = lower.iter().zip(&own).filter(|(l, o)| !means_the_same(l, o));
+        otherwise.extend(pairs.map(|(l, o)| (l.clone(), o.clone())));
+    }
+    let known = |line: &str| OTHERWISE.iter().any(|k| line.starts_with(k));
+    let unknown: Vec<_> = otherwise.iter().filter(|(l, _)| !known(l)).collect();
+    ensure!(unknown.is_empty(), "{unknown:#?}");
+    let gone: Vec<_> =
+        OTHERWISE.iter().filter(|k| !otherwise.iter().any(|(l, _)| l.starts_with(*k))).collect();
+    ensure!(gone.is_empty(), "these are answered alike now: {gone:?}");
+    // What it cannot do, it says, whatever the container.
+    let container = Side::new(&own, program, &SLEEP)?;
+    for verb in ["checkpoint", "restore"] {
+        let answer = container.run(&[verb.into(), container.container.id.clone()], false)?;
+        ensure!(
+            answer.starts_with("ended with 1: ")
+                && answer.contains("install runc")
+                && answer.lines().count() == 1,
+            "{answer}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn the_embedded_libcontainer_does_the_same() {
+    let Some(program) = std::env::var_os("PHOS_EMBEDDED").map(PathBuf::from) else {
+        eprintln!(
+            "skipped: PHOS_EMBEDDED names no phos-runc with the feature libcontainer (make test-embedded)"
+        );
+        return;
+    };
+    sandboxed("the_embedded_libcontainer_does_the_same", |tools| embedded(tools, &program).unwrap());
+}

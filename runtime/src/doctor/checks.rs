@@ -62,6 +62,15 @@ pub fn all(facts: &Facts) -> Vec<Finding> {
     }
     findings.extend(kernel(&facts.kernel));
     findings.push(program("criu", &facts.criu));
+    if facts.criu.is_ok() {
+        findings.push(match &facts.criu_check {
+            Ok(()) => ok("criu check", "the kernel has what CRIU needs"),
+            Err(why) => {
+                let remedy = "run `criu check` as root; use a kernel with what it names";
+                bad("criu check", Level::Warning, why, remedy)
+            }
+        });
+    }
     findings.push(program("lower runtime", &facts.lower));
     findings.push(installed("libphos.so", Level::Problem, &facts.library));
     // Only needed where hooks of a toolkit mount the driver.
@@ -226,10 +235,10 @@ fn limits(facts: &Facts) -> Vec<Finding> {
 /// What stands in the product's file for an engine, in words.
 fn example(engine: &Engine) -> &'static str {
     match engine.name {
-        "docker" => "contrib/docker/daemon.json",
-        "podman" => "contrib/podman/containers.conf",
-        "containerd" => "contrib/containerd/config-v2.toml (config-v3.toml for containerd 2)",
-        _ => "contrib/crio/10-phos.conf",
+        "docker" => "share/phos-runc/docker/daemon.json",
+        "podman" => "share/phos-runc/podman/containers.conf",
+        "containerd" => "share/phos-runc/containerd/config-v2.toml (config-v3.toml for containerd 2)",
+        _ => "share/phos-runc/crio/10-phos.conf",
     }
 }
 
@@ -253,10 +262,7 @@ fn engines(engines: &[Engine]) -> Vec<Finding> {
                 ),
             });
         }
-        if !engine.experimental && !engine.runtimes.is_empty() {
-            let remedy = format!("set \"experimental\": true in {} and restart it", engine.config);
-            findings.push(warn("`docker checkpoint` is switched off".into(), remedy));
-        }
+        findings.extend(engine.lacks.iter().map(|(what, set)| warn(what.clone(), set.clone())));
     }
     findings
 }
@@ -275,7 +281,7 @@ mod tests {
             name,
             config: "/etc/x",
             runtimes: vec![runtime.clone()],
-            experimental: true,
+            lacks: Vec::new(),
             broken: Vec::new(),
         };
         Facts {
@@ -290,6 +296,7 @@ mod tests {
                 pidfd: true,
             },
             criu: Ok((path("/usr/sbin/criu"), "4.1.1".into())),
+            criu_check: Ok(()),
             lower: Ok((path("/usr/sbin/runc"), "runc version 1.1.5".into())),
             library: Ok(path("/l/libphos.so")),
             hook: Ok(path("/l/phos-hook")),
@@ -313,7 +320,7 @@ mod tests {
 
     #[test]
     fn each_fault_is_one_finding_with_a_remedy() {
-        let changes: [Change; 19] = [
+        let changes: [Change; 20] = [
             (|f| f.root = false, "user", Level::Problem, "root"),
             (|f| f.configuration = Err("line 2: x".into()), "configuration", Level::Problem, "config.toml"),
             (|f| f.kernel.cgroups = Cgroups::V1, "cgroups", Level::Warning, "unified"),
@@ -341,7 +348,13 @@ mod tests {
             ),
             (|f| f.state.2 = false, "state folder", Level::Problem, "state_dir"),
             (|f| f.open_files = 1024, "open files", Level::Warning, "LimitNOFILE"),
-            (|f| f.engines[0].experimental = false, "docker", Level::Warning, "experimental"),
+            (
+                |f| f.engines[0].lacks.push(("off".into(), "experimental".into())),
+                "docker",
+                Level::Warning,
+                "experimental",
+            ),
+            (|f| f.criu_check = Err("Error: no x".into()), "criu check", Level::Warning, "kernel"),
             (|f| f.engines[1].runtimes.clear(), "podman", Level::Warning, "containers.conf"),
         ];
         for (change, check, level, remedy) in changes {

@@ -23,8 +23,8 @@ pub struct Engine {
     pub config: &'static str,
     /// Its runtimes that are phos-runc.
     pub runtimes: Vec<Runtime>,
-    /// Whether its daemon does what is still experimental: `docker checkpoint`. True for engines that do not ask.
-    pub experimental: bool,
+    /// What its configuration lacks besides: what that means, and what to set.
+    pub lacks: Vec<(String, String)>,
     /// Files that cannot be read, each with the reason.
     pub broken: Vec<String>,
 }
@@ -118,8 +118,7 @@ fn files(root: &Path, kind: &Kind) -> Vec<PathBuf> {
 }
 
 fn look(root: &Path, kind: &Kind) -> Engine {
-    let (mut runtimes, mut broken) = (Vec::<Runtime>::new(), Vec::new());
-    let mut experimental = kind.name != "docker";
+    let (mut runtimes, mut broken, mut values) = (Vec::<Runtime>::new(), Vec::new(), Vec::new());
     for file in files(root, kind) {
         let value = match read(&file) {
             Ok(Some(value)) => value,
@@ -129,7 +128,6 @@ fn look(root: &Path, kind: &Kind) -> Engine {
                 continue;
             }
         };
-        experimental |= value["experimental"] == true;
         for (name, mut paths) in (kind.runtimes)(&value) {
             paths.retain(|p| Path::new(p).file_name().is_some_and(|n| n == "phos-runc"));
             if !paths.is_empty() {
@@ -138,8 +136,40 @@ fn look(root: &Path, kind: &Kind) -> Engine {
                 runtimes.push(Runtime { name, program });
             }
         }
+        values.push(value);
     }
-    Engine { name: kind.name, config: kind.config, runtimes, experimental, broken }
+    let lacks = if runtimes.is_empty() { Vec::new() } else { lacking(kind, &runtimes, &values) };
+    Engine { name: kind.name, config: kind.config, runtimes, lacks, broken }
+}
+
+/// What the files of an engine that knows phos-runc lack. Of a key that several set, the last counts.
+fn lacking(kind: &Kind, runtimes: &[Runtime], values: &[Value]) -> Vec<(String, String)> {
+    let last = |path: &str| values.iter().rev().find_map(|v| v.pointer(path)).unwrap_or(&Value::Null);
+    let mut lacks = Vec::new();
+    let mut lack = |what: String, set: String| lacks.push((what, set));
+    match kind.name {
+        "docker" if last("/experimental") != true => lack(
+            "`docker checkpoint` is switched off".into(),
+            format!("set \"experimental\": true in {} and restart it", kind.config),
+        ),
+        "cri-o" if last("/crio/runtime/enable_criu_support") != true => lack(
+            "checkpoints are switched off".into(),
+            format!("set enable_criu_support = true in [crio.runtime] of {}", kind.config),
+        ),
+        "podman" => {
+            let listed = last("/engine/runtime_supports_json").as_array();
+            for r in
+                runtimes.iter().filter(|r| !listed.is_some_and(|l| l.iter().any(|n| *n == r.name.as_str())))
+            {
+                lack(
+                    format!("errors of runtime {} do not reach the person", r.name),
+                    format!("add \"{}\" to runtime_supports_json in [engine] of {}", r.name, kind.config),
+                );
+            }
+        }
+        _ => {}
+    }
+    lacks
 }
 
 /// The engines that are installed below `root`.
@@ -164,6 +194,7 @@ mod tests {
             ("podman/containers.conf", "/etc/containers/containers.conf.d/phos-runc.conf"),
             ("containerd/config-v2.toml", "/etc/containerd/config.toml"),
             ("containerd/config-v3.toml", "/etc/containerd/conf.d/phos.toml"),
+            ("containerd/phos.toml", "/etc/containerd/conf.d/more.toml"),
             ("crio/10-phos.conf", "/etc/crio/crio.conf.d/10-phos.conf"),
         ] {
             fs::create_dir_all(at(to).parent().unwrap()).unwrap();
@@ -177,7 +208,7 @@ mod tests {
         let names: Vec<_> = engines.iter().map(|e| e.name).collect();
         assert_eq!(names, ["docker", "podman", "containerd", "cri-o"]);
         for engine in &engines {
-            assert!(engine.broken.is_empty() && engine.experimental, "{engine:?}");
+            assert!(engine.broken.is_empty() && engine.lacks.is_empty(), "{engine:?}");
             let [runtime] = engine.runtimes.as_slice() else { panic!("{engine:?}") };
             assert_eq!(runtime.program, None, "{engine:?}");
         }
@@ -202,7 +233,41 @@ mod tests {
             .unwrap();
         fs::write(at("etc/containerd/config.toml"), "version = ").unwrap();
         let [docker, containerd] = find(root.path()).try_into().unwrap();
-        assert!(docker.runtimes.is_empty() && !docker.experimental && docker.broken.is_empty());
+        assert!(docker.runtimes.is_empty() && docker.lacks.is_empty() && docker.broken.is_empty());
         assert!(containerd.broken[0].contains("config.toml:"), "{containerd:?}");
+    }
+
+    #[test]
+    fn what_a_configuration_lacks_is_said_and_the_last_file_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |p: &str| below(root.path(), p);
+        for folder in ["usr/bin", "etc/docker", "etc/containers/containers.conf.d", "etc/crio/crio.conf.d"] {
+            fs::create_dir_all(at(folder)).unwrap();
+        }
+        for program in ["dockerd", "podman", "crio"] {
+            fs::write(at("usr/bin").join(program), "").unwrap();
+        }
+        let program = "/usr/local/bin/phos-runc";
+        fs::write(
+            at("etc/docker/daemon.json"),
+            format!(r#"{{"runtimes": {{"p": {{"path": "{program}"}}}}}}"#),
+        )
+        .unwrap();
+        let podman =
+            format!("[engine]\nruntime_supports_json = [\"p\"]\n[engine.runtimes]\np = [\"{program}\"]\n");
+        fs::write(at("etc/containers/containers.conf"), podman).unwrap();
+        let crio = format!(
+            "[crio.runtime]\nenable_criu_support = false\n[crio.runtime.runtimes.p]\nruntime_path = \"{program}\"\n"
+        );
+        fs::write(at("etc/crio/crio.conf"), crio).unwrap();
+        let lacks = || find(root.path()).into_iter().map(|e| e.lacks.len()).collect::<Vec<_>>();
+        assert_eq!(lacks(), [1, 0, 1]);
+        fs::write(at("etc/crio/crio.conf.d/9.conf"), "[crio.runtime]\nenable_criu_support = true\n").unwrap();
+        fs::write(
+            at("etc/containers/containers.conf.d/9.conf"),
+            "[engine]\nruntime_supports_json = [\"runc\"]\n",
+        )
+        .unwrap();
+        assert_eq!(lacks(), [1, 1, 0]);
     }
 }

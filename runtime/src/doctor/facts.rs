@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::statvfs;
@@ -40,6 +41,8 @@ pub struct Facts {
     pub kernel: Kernel,
     /// CRIU's path and version.
     pub criu: Result<(PathBuf, String), String>,
+    /// What CRIU says of the kernel.
+    pub criu_check: Result<(), String>,
     /// The lower runtime's path and what it says its version is.
     pub lower: Result<(PathBuf, String), String>,
     /// `libphos.so`.
@@ -75,11 +78,13 @@ impl Facts {
         let nodes = ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia0"];
         let limit = |which| getrlimit(which).map_or(0, |(_, hard)| hard);
         choose_driver(&config);
+        let criu = find_criu(&config).map_err(|e| format!("{e:#}"));
         Facts {
             root: geteuid().is_root(),
             configuration,
             kernel: Kernel::probe(),
-            criu: find_criu(&config).map_err(|e| format!("{e:#}")),
+            criu_check: criu.as_ref().map_or(Ok(()), |(path, _)| criu_check(path)),
+            criu,
             lower: Lower::find(&config).map_err(|e| format!("{e:#}")).and_then(|l| match l.no_checkpoint() {
                 Some(why) => Err(why.into()),
                 None => Ok((l.path.clone(), l.version())),
@@ -108,6 +113,17 @@ fn installed(path: PathBuf) -> Installed {
         Ok(()) => Ok(path),
         Err(why) => Err((path, format!("cannot be loaded on this host: {why}"))),
     }
+}
+
+/// `criu check`: its first complaint, if it has any.
+fn criu_check(criu: &Path) -> Result<(), String> {
+    let output = Command::new(criu).arg("check").stdin(Stdio::null()).output().map_err(|e| e.to_string())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let complaint = text.lines().find(|l| l.contains("Error")).or(text.lines().last());
+    Err(complaint.unwrap_or("it fails and does not say why").trim().to_string())
 }
 
 fn driver() -> Result<Driver, String> {
