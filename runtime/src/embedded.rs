@@ -168,12 +168,17 @@ impl Host {
     }
 
     fn state(&self, id: &str) -> Result<i32> {
-        println!("{}", serde_json::to_string_pretty(&describe(&self.container(id)?, "status")?)?);
+        println!("{}", serde_json::to_string_pretty(&describe(&self.container(id)?)?)?);
         Ok(0)
     }
 
     fn kill(&self, args: &Kill) -> Result<i32> {
         let mut container = self.container(&args.container_id)?;
+        if args.signal == "0" {
+            // Asks whether it lives, which the library's signals cannot.
+            ensure!(container.status() != ContainerStatus::Stopped, "container not running");
+            return Ok(0);
+        }
         let signal = Signal::try_from(args.signal.as_str())
             .map_err(|_| anyhow::anyhow!("unknown signal \"{}\"", args.signal))?;
         let before = container.status();
@@ -200,6 +205,13 @@ impl Host {
 
     fn exec(&self, args: Exec) -> Result<i32> {
         self.container(&args.container_id)?;
+        // The library would pass over the one and make cgroups of that name for the other.
+        ensure!(
+            !args.tty,
+            "exec --tty is not in the embedded libcontainer: name a process.json with a terminal"
+        );
+        let named = args.cgroup.as_deref().is_some_and(|c| c.contains(':'));
+        ensure!(!named, "exec --cgroup: the embedded libcontainer takes a path and no controller");
         let (user, group) = args.user.map_or((None, None), |(user, group)| (Some(user), group));
         let pid = self
             .builder(&args.container_id, args.pid_file, args.console_socket, args.preserve_fds)?
@@ -236,13 +248,13 @@ impl Host {
         }
         match args.format.as_str() {
             "json" => {
-                let all = containers.iter().map(|c| describe(c, "status")).collect::<Result<Vec<_>>>()?;
+                let all = containers.iter().map(|c| describe(c)).collect::<Result<Vec<_>>>()?;
                 println!("{}", if all.is_empty() { "null".into() } else { Value::from(all).to_string() });
             }
             "table" => {
                 println!("{:<12}{:<12}{:<12}{:<12}{}", "ID", "PID", "STATUS", "BUNDLE", "CREATED");
                 for c in &containers {
-                    let v = describe(c, "status")?;
+                    let v = describe(c)?;
                     let text = |key: &str| v[key].as_str().unwrap_or_default().to_string();
                     println!(
                         "{:<12}{:<12}{:<12}{:<12}{}",
@@ -294,6 +306,9 @@ impl Host {
 
     fn update(&self, args: Update) -> Result<i32> {
         let container = self.container(&args.container_id)?;
+        ensure!(container.status() != ContainerStatus::Stopped, "container not running");
+        let rdt = args.l3_cache_schema.is_some() || args.mem_bw_schema.is_some();
+        ensure!(!rdt, "update: the embedded libcontainer does not change Intel RDT's schemata");
         let resources = resources(&args)?;
         let options = ControllerOpt {
             resources: &resources,
@@ -350,21 +365,25 @@ fn resources(args: &Update) -> Result<LinuxResources> {
 }
 
 /// A container as `state` and `list` show it.
-fn describe(container: &Container, status: &str) -> Result<Value> {
+fn describe(container: &Container) -> Result<Value> {
     let spec = Spec::load(container.bundle().join("config.json")).ok();
     let root = spec.as_ref().and_then(|s| s.root().as_ref()).map(|r| container.bundle().join(r.path()));
     let stopped = container.status() == ContainerStatus::Stopped;
-    Ok(json!({
+    let owner = container.creator().map(|o| o.to_string_lossy().into_owned());
+    let mut shown = json!({
         "ociVersion": spec.as_ref().map(Spec::version),
         "id": container.id(),
         "pid": container.pid().filter(|_| !stopped).map_or(0, |p| p.as_raw()),
-        status: container.status().to_string(),
+        "status": container.status().to_string().to_lowercase(),
         "bundle": container.bundle(),
         "rootfs": root,
         "created": container.created(),
-        "annotations": container.state.annotations,
-        "owner": "",
-    }))
+        "owner": owner.unwrap_or_default(),
+    });
+    if let Some(annotations) = container.state.annotations.as_ref().filter(|a| !a.is_empty()) {
+        shown["annotations"] = json!(annotations);
+    }
+    Ok(shown)
 }
 
 /// Refuses what this build would silently leave out.
