@@ -235,10 +235,16 @@ impl Container<'_> {
 
     /// Restores it, whatever comes of it.
     pub fn try_restore(&self, name: &str) -> Result<Ended> {
+        self.try_restore_with(name, &[])
+    }
+
+    /// Restores it with more flags, whatever comes of it.
+    pub fn try_restore_with(&self, name: &str, more: &[&str]) -> Result<Ended> {
         let flags = self.image_flags(name)?;
         let bundle = self.bundle.path.to_str().context("path")?.to_string();
         let mut words: Vec<&str> = flags.iter().map(String::as_str).collect();
         words.extend(["--detach", "--bundle", &bundle]);
+        words.extend(more);
         self.try_verb("restore", &words)
     }
 

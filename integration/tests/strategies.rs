@@ -1,6 +1,7 @@
 //! The ways in which memory can be copied, and images that build on earlier ones.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::Result;
 use phos_integration::container::{Container, Place};
@@ -189,4 +190,43 @@ fn packed(tools: &Tools) -> Result<()> {
 #[test]
 fn packed_images_are_restored_and_built_upon() {
     sandboxed("packed_images_are_restored_and_built_upon", |tools| packed(tools).unwrap());
+}
+
+fn on_a_terminal(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let mut container = started(&place, &["--mib", "300"], "stop")?;
+    let phos_runc = container.runtime.clone();
+    // Without a terminal nothing is said.
+    let ended = container.try_checkpoint_with("silent", &["--leave-running"])?;
+    assert_eq!((ended.status, ended.text.as_str()), (0, ""));
+    // `script` gives its command a terminal and shows what is written there.
+    let wrapper = place.path("on-a-terminal");
+    let command = format!("#!/bin/sh\nexec script -qefc \"{} $*\" /dev/null\n", phos_runc.display());
+    fs::write(&wrapper, command)?;
+    fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
+    container.runtime = wrapper;
+    let ended = container.try_checkpoint_with("seen", &[])?;
+    assert_eq!(ended.status, 0, "{}", ended.text);
+    let shown: Vec<_> = ended.text.split('\r').collect();
+    assert!(shown.iter().any(|line| line.starts_with("dump")), "{shown:?}");
+    assert_eq!(shown.last(), Some(&"\u{1b}[K"), "the line is taken away: {shown:?}");
+    container.runtime = phos_runc;
+    let timeline = place.path("restore.json");
+    container.try_verb("delete", &["--force"])?;
+    let _ = fs::remove_file(container.status_file());
+    let flags = ["--trace", timeline.to_str().unwrap_or_default()];
+    assert_eq!(container.try_restore_with("seen", &flags)?.status, 0, "{}", container.logs());
+    container.steps(3)?;
+    let events: serde_json::Value = serde_json::from_slice(&fs::read(&timeline)?)?;
+    for name in ["load", "digest", "driver restore", "attach"] {
+        let named = |e: &serde_json::Value| e["name"] == name && e["dur"].as_f64().is_some();
+        assert!(events.as_array().is_some_and(|a| a.iter().any(named)), "{name} is missing in {events}");
+    }
+    container.try_verb("delete", &["--force"])?;
+    Ok(())
+}
+
+#[test]
+fn a_person_at_a_terminal_sees_what_is_being_done() {
+    sandboxed("a_person_at_a_terminal_sees_what_is_being_done", |tools| on_a_terminal(tools).unwrap());
 }

@@ -20,7 +20,7 @@ use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
 use crate::state::{StateDir, read_spec, write_spec};
-use crate::{log, trace};
+use crate::{log, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
 const START: Duration = Duration::from_secs(20);
@@ -151,7 +151,12 @@ async fn rebuild(run: &Context, client: &Client) -> Result<(i32, Option<RestoreR
         // It failed, and has said why.
         Err(status) => return Ok((status, None)),
     };
-    match client.attach(pid).await {
+    let attached = tokio::select! {
+        attached = client.attach(pid) => attached,
+        never = progress::show(client.clone()) => match never {},
+    };
+    progress::clear();
+    match attached {
         Ok(report) => {
             let status = if detached(run) { 0 } else { child.wait()?.code().unwrap_or(255) };
             Ok((status, Some(report)))
