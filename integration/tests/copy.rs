@@ -185,7 +185,7 @@ fn what_is_loaded_is_what_was_saved_or_it_is_refused() {
             let mut bad = good.clone();
             bad[at] ^= 1;
             fs::write(&file, &bad).unwrap();
-            let error = loaded(device.as_ref(), folder.path(), tuning).unwrap_err();
+            let error = loaded(device.as_ref(), folder.path(), tuning).map(drop).unwrap_err();
             assert!(error.contains(file.to_str().unwrap()) && error.contains("another digest"), "{error}");
         }
         fs::write(&file, &good).unwrap();

@@ -298,11 +298,15 @@ proptest::proptest! {
     #[test]
     fn no_change_makes_a_reader_panic(
         which in 0usize..2,
+        codec in proptest::sample::select(vec![Codec::None, Codec::Lz4, Codec::Zstd]),
         changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), proptest::prelude::any::<u8>()), 1..6),
         cut: Option<proptest::sample::Index>,
     ) {
         let folder = tempfile::tempdir().unwrap();
-        write(folder.path());
+        match codec {
+            Codec::None => write(folder.path()),
+            packed => drop(write_packed(folder.path(), packed)),
+        }
         let path = folder.path().join([MANIFEST, INDEX][which]);
         let mut bytes = fs::read(&path).unwrap();
         for (at, byte) in changes {
