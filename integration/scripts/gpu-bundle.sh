@@ -39,7 +39,7 @@ mkdir "$podman/lib"
 install -m 755 "$root"/usr/bin/{podman,conmon} "$root/usr/lib/podman/netavark" "$podman/"
 for program in podman conmon netavark; do
     "$lib/ld-linux-x86-64.so.2" --library-path "$lib" --list "$podman/$program"
-done | grep -oE '[^ ]+\.so[.0-9]* ' | xargs -n1 basename | sort -u | grep -vE '^(ld-linux|libc\.|libm\.|libpthread|libdl|libgcc)' |
+done | grep -oE '[^ ]+\.so[.0-9]* ' | xargs -n1 basename | sort -u | grep -vE '^(linux-vdso|ld-linux|libc\.|libm\.|libpthread|libdl|libgcc)' |
     while read -r name; do cp -L "$lib/$name" "$podman/lib/"; done
 tar -C "$podman" -cJf "$bundle/podman.tar.xz" .
 rm -rf "$podman"
