@@ -35,13 +35,17 @@ def rate(steps, begin, end):
     return (len(inside) - 1) / ((inside[-1] - inside[0]) / 1e9) if len(inside) > 2 else None
 
 
-def leave_running(box, workload, i, more=(), settle=30, keep=False):
+# For so long before a checkpoint the program's rate is taken as the usual one, ns.
+USUAL_NS = 2_000_000_000
+
+
+def leave_running(box, workload, i, more=(), settle=30, keep=False, folder=f"{WORK}/images"):
     """One checkpoint of a running container; its figures, and the image."""
-    image = f"{WORK}/images/{box.name}-{i}"
+    image = f"{folder}/{box.name}-{i}"
+    # Long enough to know the usual rate, and after whatever the last checkpoint still wrote.
+    time.sleep(USUAL_NS / 1e9)
     before = time.monotonic_ns()
-    if not hasattr(box, "usual"):
-        # Of all checkpoints of a container the first one's "before" is the only one that no drain reaches into.
-        box.usual = rate(box.steps(), before - 3_000_000_000, before)
+    box.usual = rate(box.steps(), before - USUAL_NS, before)
     box.checkpoint(image, True, *more)
     after = time.monotonic_ns()
     box.wait_steps(settle)
@@ -146,6 +150,18 @@ def idle_increment(box, workload):
     log(f"{workload} idle: {reports[0]['written_bytes'] / 1e9:.2f} GB, then {reports[1]['written_bytes'] / 1e9:.3f} GB")
 
 
+def huge_pages(box, workload):
+    """One more checkpoint, to a tmpfs of huge pages."""
+    folder = f"{WORK}/huge"
+    os.makedirs(folder)
+    run("mount", "-t", "tmpfs", "-o", "huge=always,size=115g", "tmpfs", folder)
+    gap, report, image = leave_running(box, workload, "huge", keep=True, folder=folder)
+    result("pause", workload, "phos-runc", "criu_ms", report["criu_ms"], note="image on a tmpfs of huge pages")
+    result("pause", workload, "phos-runc", "pause_ms", gap, note="image on a tmpfs of huge pages")
+    shutil.copy(f"{image}.work/dump.log", os.path.join(OUT, "dump.log"))
+    run("umount", folder)
+
+
 def phos(gb, count, strategy):
     workload = f"torch-{gb:g}g"
     box = Container(workload, ("torch_steps.py", "--gb", str(gb)), annotations={"phos.strategy": strategy})
@@ -157,6 +173,7 @@ def phos(gb, count, strategy):
         pauses.append((gap, report))
         result("pause", workload, "phos-runc", "pause_ms", gap, note=f"leave-running {i}")
     figures(workload, pauses)
+    huge_pages(box, workload)
     stop_and_restore(box, workload)
     box.wait_steps(60)
     box.stop()
