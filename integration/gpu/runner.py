@@ -7,6 +7,7 @@ Python, but no packages. Results are JSON lines in the form that integration/res
   runner.py matrix [--mode M]...                 frameworks and modes: bytes parked, bit-identical or not
   runner.py overhead [--load L]...               rates with and without libphos.so: steps, launches, allocations
   runner.py endurance                            PyTorch through --cycles leave-running checkpoints and a quarter as many stops
+  runner.py podman                               PyTorch under Podman: checkpointed running, in place, restored
   runner.py killed                               the worker killed at --count points of a checkpoint: the program goes on
   runner.py sample                               the project's own CUDA program: demo, then a soak of --cycles cycles
   runner.py copy                                 the copy pipeline by itself: digests, snapshot, rates to tmpfs and disk
@@ -348,6 +349,12 @@ def endurance(args):
     endurance.cycles(args)
 
 
+def podman(args):
+    import podman
+
+    podman.flow(args)
+
+
 def killed(args):
     import endurance
 
@@ -356,7 +363,7 @@ def killed(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "copy", "overhead", "endurance", "killed", "driver"])
+    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "copy", "overhead", "endurance", "killed", "podman", "driver"])
     parser.add_argument("--gb", type=float, action="append")
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--mode", action="append", choices=list(MATRIX))
