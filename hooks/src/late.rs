@@ -126,11 +126,23 @@ pub fn mounts(container: &[Mounted], host: &[Mounted], spec: &Value, root: &Path
         if known.contains(&m.at) || is_the_runtimes(spec, &m.at) {
             return None;
         }
-        // What the container has mounted of its own root stays its own business, and CRIU's.
-        let source = on_host(m, host).filter(|s| !s.starts_with(root))?;
+        let source = match on_host(m, host) {
+            // A toolkit puts a changed copy of the driver's parameters over them, from a file system that nothing else
+            // shows. A restore has the host's own there.
+            None if m.at.starts_with("/proc") && is_orphan(m, container) => m.at.clone(),
+            // What the container has mounted of its own root stays its own business, and CRIU's.
+            source => source.filter(|s| !s.starts_with(root))?,
+        };
         Some(LateMount { destination: m.at.clone(), source, read_only: m.read_only })
     };
     container.iter().filter(|m| is_plain(&m.at)).filter_map(late).collect()
+}
+
+/// Whether a mount shows a part of a file system of which nothing more is mounted: CRIU cannot make such a one again.
+fn is_orphan(mount: &Mounted, container: &[Mounted]) -> bool {
+    let whole =
+        |m: &&Mounted| m.device == mount.device && m.at != mount.at && mount.root.starts_with(&m.root);
+    mount.root != Path::new("/") && !container.iter().any(|m| whole(&m))
 }
 
 /// Whether a path can stand in CRIU's configuration file. A container may choose its mounts' names, and CRIU runs what a
@@ -278,6 +290,19 @@ mod tests {
         let mut hostile = json!({});
         remember(&mut hostile, &[mount("/proc/x\naction-script /evil")], |_| None);
         assert_eq!(restore_options(&hostile), "");
+    }
+
+    #[test]
+    fn a_changed_copy_below_proc_gives_way_to_the_hosts_file() {
+        let params = "70 60 0:99 /nvct-params /proc/driver/nvidia/params ro - tmpfs tmpfs rw\n";
+        let hooks = json!({"hooks": {"createContainer": [{"path": "/usr/bin/nvidia-cdi-hook"}]}});
+        let late = |text: &str| mounts(&parse(text), &parse(HOST), &hooks, Path::new("/ctr/rootfs"));
+        let found = late(params);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].source, Path::new("/proc/driver/nvidia/params"));
+        // CRIU saves it where the whole file system is mounted too.
+        assert_eq!(late(&format!("{params}71 60 0:99 / /run/nvidia-ctk-hook1 rw - tmpfs tmpfs rw\n")), []);
+        assert_eq!(late(&params.replace("/proc/driver/nvidia", "/etc")), []);
     }
 
     #[test]

@@ -93,6 +93,8 @@ fn in_front(tools: &Tools, mode: &str, tests: &[&str]) -> Result<()> {
 fn behind(tools: &Tools, mode: &str, tests: &[&str]) -> Result<()> {
     let mut place = Place::new(tools)?;
     let toolkit = Toolkit::install(&place)?;
+    // In front the hooks are those of a newer version.
+    fs::create_dir(toolkit.folder.join("older"))?;
     let runtime = toolkit.runtime(mode, &tools.runc)?;
     place.env.insert("PHOS_LOWER_RUNTIME".into(), runtime.into());
     let container = asking(&place)?;

@@ -248,11 +248,11 @@ impl Host {
         }
         match args.format.as_str() {
             "json" => {
-                let all = containers.iter().map(|c| describe(c)).collect::<Result<Vec<_>>>()?;
+                let all = containers.iter().map(describe).collect::<Result<Vec<_>>>()?;
                 println!("{}", if all.is_empty() { "null".into() } else { Value::from(all).to_string() });
             }
             "table" => {
-                println!("{:<12}{:<12}{:<12}{:<12}{}", "ID", "PID", "STATUS", "BUNDLE", "CREATED");
+                println!("{:<12}{:<12}{:<12}{:<12}CREATED", "ID", "PID", "STATUS", "BUNDLE");
                 for c in &containers {
                     let v = describe(c)?;
                     let text = |key: &str| v[key].as_str().unwrap_or_default().to_string();
