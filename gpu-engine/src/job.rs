@@ -117,6 +117,10 @@ pub struct CheckpointJob {
     pub lower_pause: CommandLine,
     /// See `lower_pause`.
     pub lower_resume: CommandLine,
+    /// The lower runtime's `state` of this container.
+    pub lower_state: CommandLine,
+    /// The foreground: process id and start time ([`crate::processes::Process::start_time`]).
+    pub asked_by: (i32, u64),
     /// How to copy.
     pub strategy: Strategy,
     /// How to pack what is copied.

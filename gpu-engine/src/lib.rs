@@ -4,6 +4,7 @@ pub mod copy;
 pub mod device;
 pub mod error;
 pub mod freezer;
+pub mod headroom;
 pub mod image;
 pub mod job;
 pub mod keeper;

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -13,12 +13,13 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::image::CHUNK;
+use nix::fcntl::{OFlag, openat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
 };
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::unlinkat;
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use phos_protocol::message::{CLASS_IMPORTED, Entry, Message, Summary, Timings, failure};
 use phos_protocol::{Connection, MAX_FDS, TransportError, VERSION, paths};
 use std::os::fd::AsFd;
@@ -95,6 +96,20 @@ impl ControlDir {
             .open(path)
             .map_err(|source| PeerError::Io { path: path.into(), source })?;
         Ok(ControlDir { fd, path: path.into() })
+    }
+
+    /// Tells the libraries how much host memory the container may still take; `None` is no limit.
+    pub fn tell_headroom(&self, bytes: Option<u64>) -> Result<()> {
+        match unlinkat(&self.fd, paths::HEADROOM, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(nix::Error::ENOENT) => {}
+            Err(e) => return Err(self.error(e)),
+        }
+        let Some(bytes) = bytes else { return Ok(()) };
+        // The folder is the container's: whatever is there by that name is not written to.
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = openat(&self.fd, paths::HEADROOM, flags, Mode::from_bits_truncate(0o644));
+        let mut file = File::from(file.map_err(|e| self.error(e))?);
+        file.write_all(bytes.to_string().as_bytes()).map_err(|e| self.error(e))
     }
 
     /// A short path to `name` in the folder: Unix socket addresses hold 107 bytes only.
@@ -343,7 +358,7 @@ impl<'a> AttachListener<'a> {
     /// Starts to listen; every parked process of the container finds it within about a millisecond.
     pub fn bind(dir: &'a ControlDir) -> Result<Self> {
         let socket = seqpacket().map_err(|e| dir.error(e))?;
-        let _ = unlinkat(&dir.fd, paths::HOST_SOCKET, nix::unistd::UnlinkatFlags::NoRemoveDir);
+        let _ = unlinkat(&dir.fd, paths::HOST_SOCKET, UnlinkatFlags::NoRemoveDir);
         let address = dir.address(paths::HOST_SOCKET)?;
         {
             // The application may run as any user: connecting needs write permission on the socket file.
@@ -391,6 +406,6 @@ impl<'a> AttachListener<'a> {
 
 impl Drop for AttachListener<'_> {
     fn drop(&mut self) {
-        let _ = unlinkat(&self.dir.fd, paths::HOST_SOCKET, nix::unistd::UnlinkatFlags::NoRemoveDir);
+        let _ = unlinkat(&self.dir.fd, paths::HOST_SOCKET, UnlinkatFlags::NoRemoveDir);
     }
 }

@@ -20,7 +20,7 @@ use crate::args::{Args, TRACE};
 use crate::config::{Config, find_criu};
 use crate::context::Context;
 use crate::state::{StateDir, read_spec};
-use crate::{log, progress, trace};
+use crate::{criu_log, log, progress, trace};
 
 /// How long a worker may take until it can be spoken to. It does not touch the GPU before that.
 const START: Duration = Duration::from_secs(20);
@@ -155,6 +155,7 @@ pub fn run(run: &Context) -> Result<i32> {
     let mut effective_spec = effective_spec(&state, &container.bundle);
     declare_late_mounts(&mut effective_spec, &container.bundle, container.pid, &state)?;
     let library = run.config.library();
+    let own_pid = std::process::id() as i32;
     let job = CheckpointJob {
         container: id.to_string(),
         control_dir: state.control_dir(),
@@ -167,6 +168,8 @@ pub fn run(run: &Context) -> Result<i32> {
         lower_checkpoint: run.lower.verbatim(&lower_args),
         lower_pause: run.lower.command_line(args, &["pause", id]),
         lower_resume: run.lower.command_line(args, &["resume", id]),
+        lower_state: run.lower.command_line(args, &["state", id]),
+        asked_by: processes::describe(own_pid).map_or((own_pid, 0), |p| (own_pid, p.start_time)),
         strategy: run.config.strategy(annotation(&effective_spec, "phos.strategy"))?,
         compression: run.config.compression(annotation(&effective_spec, "phos.compression"))?,
         timeouts: run.config.timeouts(),
@@ -180,6 +183,13 @@ pub fn run(run: &Context) -> Result<i32> {
         state.remove();
     }
     let (result, lower) = result?;
+    if lower.status != 0
+        && let Some(cause) = criu_log::cause(args, "dump")
+    {
+        // Engines show the first line.
+        eprintln!("{cause}");
+        log::explain(args, &cause);
+    }
     io::stdout().write_all(&lower.stdout)?;
     io::stderr().write_all(&lower.stderr)?;
     match result {

@@ -1,7 +1,7 @@
 //! Errors as engines expect them from runc: the text on standard error, and as the last line of the `--log` file.
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::args::Args;
@@ -42,6 +42,30 @@ pub fn error(args: &Args, text: &str) {
     eprintln!("{text}");
 }
 
+/// Puts the cause in front of the error that the lower runtime has written last: engines read that line only, and Podman
+/// wants no second one.
+pub fn explain(args: &Args, cause: &str) {
+    let Some(path) = args.global.get("log") else { return };
+    let Ok(text) = fs::read_to_string(path) else { return };
+    let (before, last) = match text.trim_end().rsplit_once('\n') {
+        Some((before, last)) => (before.len() + 1, last),
+        None => (0, text.trim_end()),
+    };
+    match serde_json::from_str::<serde_json::Value>(last) {
+        Ok(mut line) if line["level"] == "error" => {
+            let said = line["msg"].as_str().unwrap_or_default().replace('\n', ", ");
+            line["msg"] = format!("{cause}: {said}").into();
+            if let Ok(mut file) = File::options().write(true).open(path)
+                && file.set_len(before as u64).is_ok()
+                && file.seek(SeekFrom::End(0)).is_ok()
+            {
+                let _ = writeln!(file, "{line}");
+            }
+        }
+        _ => append(args, "error", cause),
+    }
+}
+
 /// Reports something a person should know: only in the log file, since engines parse this program's output.
 pub fn warn(args: &Args, text: &str) {
     append(args, "warning", text);
@@ -70,6 +94,33 @@ mod tests {
         ] {
             assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
         }
+    }
+
+    #[test]
+    fn the_cause_joins_the_lower_runtimes_own_line() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let words = ["--log", file.path().to_str().unwrap(), "--log-format", "json", "checkpoint", "c"];
+        let args = Args::parse(words.iter().map(Into::into).collect());
+        let earlier = r#"{"level":"warning","msg":"w"}"#;
+        std::fs::write(
+            file.path(),
+            format!("{earlier}\n{}\n", r#"{"level":"error","msg":"criu failed\nlog file: x","time":"t"}"#),
+        )
+        .unwrap();
+        explain(&args, "CRIU: why");
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[0], earlier);
+        let last: serde_json::Value = serde_json::from_str(lines[1]).unwrap();
+        assert_eq!(
+            (lines.len(), &last["msg"], &last["time"]),
+            (2, &"CRIU: why: criu failed, log file: x".into(), &"t".into())
+        );
+        // A last line that is no error stays.
+        std::fs::write(file.path(), format!("{earlier}\n")).unwrap();
+        explain(&args, "CRIU: why");
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        assert!(text.starts_with(earlier) && text.lines().count() == 2, "{text}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod checkpoint;
 mod config;
 mod context;
 mod create;
+mod criu_log;
 mod doctor;
 #[cfg(feature = "libcontainer")]
 mod embedded;

@@ -20,7 +20,7 @@ use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
 use crate::state::{StateDir, read_spec, write_spec};
-use crate::{log, progress, trace};
+use crate::{criu_log, log, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
 const START: Duration = Duration::from_secs(20);
@@ -91,6 +91,12 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
     });
     match result {
         Ok((status, report)) => {
+            if report.is_none()
+                && let Some(cause) = criu_log::cause(&run.args, "restore")
+            {
+                eprintln!("{cause}");
+                log::explain(&run.args, &cause);
+            }
             if let Some(report) = report {
                 let text = serde_json::to_string(&report)?;
                 log::debug(&run.args, &format!("restore report: {text}"));

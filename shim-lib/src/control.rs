@@ -64,7 +64,7 @@ extern "C" fn in_child() {
 }
 
 /// The control folder, if this process is meant to be reachable.
-fn folder() -> Option<PathBuf> {
+pub fn folder() -> Option<PathBuf> {
     let folder = match env::var_os(paths::CONTROL_DIR_ENV).filter(|v| !v.is_empty()) {
         Some(folder) => PathBuf::from(folder),
         None => PathBuf::from(paths::CONTROL_DIR),

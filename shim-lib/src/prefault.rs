@@ -11,6 +11,8 @@ use std::ptr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use phos_protocol::paths;
+
 /// Bytes to have ready as long as no checkpoint has shown how many are needed: what a PyTorch process needs, and a half.
 const FIRST_GUESS: usize = 512 << 20;
 /// Smaller mappings are none of the driver's saved state.
@@ -92,6 +94,10 @@ fn take(len: usize) -> Option<usize> {
 /// Bytes that this process may still take, as far as its cgroup and the machine say.
 fn headroom() -> usize {
     let number = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    // A container need not see its own cgroup; the host does.
+    let told = crate::control::folder()
+        .and_then(|f| number(f.join(paths::HEADROOM).to_str()?))
+        .unwrap_or(usize::MAX);
     let left = |limit: &str, used: &str| Some(number(limit)?.saturating_sub(number(used)?));
     let cgroup = left("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
         .or_else(|| {
@@ -104,7 +110,7 @@ fn headroom() -> usize {
         let kib: usize = l.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok()?;
         Some(kib << 10)
     });
-    cgroup.min(available.unwrap_or(0))
+    cgroup.min(told).min(available.unwrap_or(0))
 }
 
 /// Makes the pool, unless there is one, or memory is short: the driver will take as much once more if the pool does not

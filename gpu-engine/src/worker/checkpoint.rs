@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 use phos_protocol::message::{Entry, PARK_LOW_STACK, PARK_PREFAULT, Timings};
 
 use super::folder::ImageFolder;
+use super::freeze;
 use super::save;
 use super::sharing;
 use super::subject::{Subject, all, find};
@@ -36,6 +37,7 @@ use crate::copy::{self, Ledger, Quiesced};
 use crate::device::Device;
 use crate::error::EngineError;
 use crate::freezer::Freezer;
+use crate::headroom;
 use crate::image::{ImageWriter, ParentEntry};
 use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Packet, Phase, Wire};
@@ -47,9 +49,6 @@ use crate::service::LowerOutput;
 
 /// GPU memory that spare memory leaves free for the application: it may allocate while a snapshot drains.
 const SPARE_RESERVE: u64 = 1 << 30;
-
-/// How often the freezer is asked.
-const FREEZER_ATTEMPTS: u32 = 10;
 
 /// How long memory is watched to see how fast it changes.
 const WATCH: Duration = Duration::from_millis(100);
@@ -121,7 +120,7 @@ impl Checkpoint<'_> {
         }
         let saved = self.save(&folder);
         // The container is left as it was found, whatever came of it; a stopped one has no freezer to set.
-        if self.job.frozen && !self.frozen && (saved.is_err() || self.job.leave_running) {
+        if freeze::is_to_stay(self.job) && !self.frozen && (saved.is_err() || self.job.leave_running) {
             // The image does not depend on it, and the engine thaws next; what the dump said must not be lost over it.
             let lower = std::mem::take(&mut self.lower);
             if let Err(e) = self.set_frozen(true) {
@@ -136,19 +135,10 @@ impl Checkpoint<'_> {
     }
 
     fn set_frozen(&mut self, frozen: bool) -> Result<(), EngineError> {
-        let command = if frozen { &self.job.lower_pause } else { &self.job.lower_resume };
-        // The old cgroup hierarchy's freezer gives up now and then on a busy machine; asked again, it works.
-        for attempt in 1.. {
-            let output = lower::run(command, self.job.timeouts.lower())?;
-            if output.status == 0 {
-                break;
-            }
-            if attempt == FREEZER_ATTEMPTS {
-                let status = output.status;
-                self.lower = output;
-                return Err(EngineError::LowerFailed(status));
-            }
-            thread::sleep(Duration::from_millis(20));
+        if let Err(output) = freeze::set(self.job, frozen)? {
+            let status = output.status;
+            self.lower = output;
+            return Err(EngineError::LowerFailed(status));
         }
         self.frozen = frozen;
         Ok(())
@@ -216,7 +206,12 @@ impl Checkpoint<'_> {
     /// Finds the processes, refuses what cannot be saved and does everything that needs no standing still.
     fn preflight(&mut self) -> Result<(), EngineError> {
         if self.job.control_dir.exists() {
-            self.control = Some(ControlDir::open(&self.job.control_dir)?);
+            let control = ControlDir::open(&self.job.control_dir)?;
+            // Where the limit is not known they have nothing ready; that costs time.
+            if let Err(e) = control.tell_headroom(headroom::of(self.job.init_pid)) {
+                tracing::warn!(error = %e, "the memory limit could not be told");
+            }
+            self.control = Some(control);
         }
         let (subjects, outsiders) = find(self.device.as_ref(), self.job.init_pid, self.control.as_ref())?;
         self.subjects = subjects;

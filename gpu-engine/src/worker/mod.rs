@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod folder;
+mod freeze;
 mod recover;
 mod restore;
 mod save;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use phos_protocol::message::Entry;
 
 use super::folder;
+use super::freeze;
 use super::save;
 use super::sharing;
 use super::subject::{Piece, Subject};
@@ -104,7 +105,7 @@ fn bring_back(
         let process = KeptProcess { phase: Phase::Attached, ..process.clone() };
         wire.send(&Packet::Process(process), &[])?;
     }
-    if job.frozen {
+    if freeze::is_to_stay(job) {
         let _ = lower::run(&job.lower_pause, job.timeouts.lower());
     }
     Ok(())

@@ -123,7 +123,10 @@ impl Restore {
         let restored = processes::of_container(init_pid)?;
         let mut sleepers = Vec::new();
         for (index, wanted) in manifest.processes.iter().enumerate() {
-            let found = restored.iter().find(|p| p.own_pid == wanted.pid);
+            // An engine may put a clone into its original's cgroup, where the same number exists twice.
+            let found = restored
+                .iter()
+                .find(|p| p.own_pid == wanted.pid && processes::descends(p, init_pid, &restored));
             let process = found.ok_or(EngineError::MissingProcess { own_pid: wanted.pid })?;
             let own = manifest.allocations.iter().zip(self.regions.iter());
             let own = own.filter(|(a, _)| a.process as usize == index).map(|(a, region)| (a.id, a, region));

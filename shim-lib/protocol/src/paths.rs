@@ -18,6 +18,9 @@ pub const PRELOAD_LIBRARY: &str = "/run/phos/libphos.so";
 /// The host's listening socket, in the control folder, while a process is to be attached again.
 pub const HOST_SOCKET: &str = "host.sock";
 
+/// A file of the host's in the control folder: how many bytes of host memory the container may still take, as text.
+pub const HEADROOM: &str = "headroom";
+
 /// The library's listening socket, in the control folder. `pid` is the process id in the process's own
 /// PID namespace.
 pub fn library_socket(pid: i32) -> String {
