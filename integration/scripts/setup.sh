@@ -2,7 +2,8 @@
 # Installs what the demo and the tests need and the machine lacks: runc, busybox, and a CRIU of at least 4.1 in
 # .tools/ (Debian 13's, run by its own loader, where the machine has none). Needs root and apt. Quick when all is there.
 # `setup.sh engines` installs Docker, containerd and Podman too, for the tests that type their commands, and an allocator that
-# is preloaded beside libphos.so.
+# is preloaded beside libphos.so; and it unpacks the engines of Debian 13 in .tools/debian-13/, a root file system that the
+# tests enter.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 tools="$top/.tools"
@@ -37,10 +38,11 @@ new_enough() {
 }
 
 # Fetches packages of Debian 13 (on Ubuntu: of Ubuntu 26.04) with everything they need from the machine's own mirror,
-# without touching its apt.
+# without touching its apt, and unpacks them in a folder of .tools/.
 fetch() {
-    local state="$tools/apt" mirror sources suite="trixie main" signed=/usr/share/keyrings/debian-archive-keyring.gpg
-    rm -rf "$state"
+    local state="$tools/apt" target="$tools/$1" mirror sources suite="trixie main" signed=/usr/share/keyrings/debian-archive-keyring.gpg
+    shift
+    rm -rf "$state" "$target"
     mkdir -p "$state"/{lists/partial,cache/archives/partial,etc}
     : >"$state/status"
     sources=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null || true)
@@ -57,7 +59,9 @@ fetch() {
         -o Dir::Etc::preferencesparts=/dev/null -o APT::Architecture=amd64 -o APT::Install-Recommends=false)
     apt-get "${options[@]}" update
     apt-get "${options[@]}" -y --download-only -o Debug::NoLocking=1 install "$@" >/dev/null
-    for package in "$state"/cache/archives/*.deb; do dpkg -x "$package" "$tools/trixie"; done
+    # Links such as /lib come first.
+    for package in "$state"/cache/archives/base-files_*.deb; do [ ! -e "$package" ] || dpkg -x "$package" "$target"; done
+    printf '%s\n' "$state"/cache/archives/*.deb | xargs -P 2 -I{} dpkg -x {} "$target"
     rm -rf "$state"
 }
 
@@ -67,8 +71,7 @@ if [ ! -x "$tools/bin/criu" ] || ! new_enough "$tools/bin/criu"; then
         ln -sf "$(command -v criu)" "$tools/bin/criu"
     else
         say "fetching CRIU of Debian 13"
-        rm -rf "$tools/trixie"
-        fetch criu runc libseccomp2
+        fetch trixie criu runc libseccomp2
         cat >"$tools/bin/criu" <<'W'
 #!/bin/sh
 # CRIU by its own loader: the machine's C library may be older.
@@ -80,3 +83,25 @@ W
     fi
 fi
 new_enough "$tools/bin/criu" || { say "CRIU in $tools/bin does not run"; exit 1; }
+
+# A root file system of another generation. Its packages' scripts do not run; what they would have made is made here.
+if [ "${1:-}" = engines ]; then
+    root="$tools/debian-13"
+    packages="base-files dash bash coreutils tar gzip libc-bin busybox-static iptables docker.io docker-cli podman conmon containerd runc crun criu"
+    if grep -q '^ID=debian' /etc/os-release || [ -n "${PHOS_DEBIAN_MIRROR:-}" ]; then
+        if [ "$(cat "$root/.packages" 2>/dev/null)" != "$packages" ]; then
+            say "fetching the engines of Debian 13"
+            # shellcheck disable=SC2086
+            fetch debian-13 $packages
+            cp "$root/usr/share/base-passwd/passwd.master" "$root/etc/passwd"
+            cp "$root/usr/share/base-passwd/group.master" "$root/etc/group"
+            touch "$root/etc/hosts" "$root/etc/resolv.conf"
+            # CRIU locks a container's network with these.
+            ln -s xtables-nft-multi "$root/usr/sbin/iptables-restore"
+            ln -s xtables-nft-multi "$root/usr/sbin/ip6tables-restore"
+            echo "$packages" >"$root/.packages"
+        fi
+    else
+        say "no engines of Debian 13: set PHOS_DEBIAN_MIRROR to fetch them"
+    fi
+fi

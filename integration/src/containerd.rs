@@ -106,8 +106,38 @@ impl<'a> Containerd<'a> {
     /// Runs a container of an image under phos-runc.
     pub fn run_container(&self, options: &[&str], image: &str, name: &str, command: &[&str]) -> Result<()> {
         // Containers' cgroups lie below one named like the namespace; it is this place's own.
-        let run = ["run", "-d", "--snapshotter", "native", "--null-io", "--runc-binary", &self.runtime];
-        self.run(&[&run[..], options, &[image, name], command].concat()).map(|_| ())
+        let io = if options.contains(&"--log-uri") { [].as_slice() } else { &["--null-io"] };
+        let run = ["run", "-d", "--snapshotter", "native", "--runc-binary", &self.runtime];
+        self.run(&[&run[..], io, options, &[image, name], command].concat()).map(|_| ())
+    }
+
+    /// All tasks: container, host process id of its first process, `RUNNING`, `PAUSED` and so on.
+    fn tasks(&self) -> Result<Vec<(String, i32, String)>> {
+        let listed = self.run(&["task", "ls"])?;
+        let task = |line: &str| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?.into(), words.next()?.parse().ok()?, words.next()?.into()))
+        };
+        Ok(listed.lines().filter_map(task).collect())
+    }
+
+    /// Host process id of a container's first process, and its state.
+    pub fn task(&self, name: &str) -> Result<(i32, String)> {
+        let found = self.tasks()?.into_iter().find(|(container, ..)| container == name);
+        found.map(|(_, pid, state)| (pid, state)).with_context(|| format!("{name} has no task"))
+    }
+
+    /// Ends a container's first process, and removes the container. A clone is in its original's cgroup, all of whose
+    /// processes [`Self::remove`] ends.
+    pub fn end(&self, name: &str) -> Result<()> {
+        self.run(&["task", "kill", "--signal", "KILL", name])?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.task(name)?.1 != "STOPPED" {
+            ensure!(Instant::now() < deadline, "{name} does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+        self.run(&["task", "rm", name])?;
+        self.run(&["container", "rm", name]).map(|_| ())
     }
 
     /// Ends a container and removes it.
@@ -131,9 +161,11 @@ impl<'a> Containerd<'a> {
 
 impl Drop for Containerd<'_> {
     fn drop(&mut self) {
-        let names = self.try_run(&["task", "ls", "-q"]).map(|e| e.text).unwrap_or_default();
-        for name in names.split_whitespace() {
-            let _ = self.remove(name);
+        // What never ran, version 1.6 never removes.
+        for (name, _, state) in self.tasks().unwrap_or_default() {
+            if matches!(state.as_str(), "RUNNING" | "PAUSED") {
+                let _ = self.remove(&name);
+            }
         }
         let _ = kill(Pid::from_raw(self.daemon.id() as i32), Signal::SIGTERM);
         let _ = self.daemon.wait();

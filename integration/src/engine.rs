@@ -32,6 +32,9 @@ pub fn present(program: &str) -> bool {
     found
 }
 
+/// The file that [`differing`] writes.
+const DIFFERING: &str = "phos-runc.env";
+
 /// Engines run the runtime with an environment of their own: this script stands for phos-runc with the place's.
 pub(crate) fn runtime(place: &Place) -> Result<PathBuf> {
     let path = place.path("phos-runc");
@@ -39,10 +42,20 @@ pub(crate) fn runtime(place: &Place) -> Result<PathBuf> {
     for (name, value) in &place.env {
         script.push_str(&format!("export {name}='{}'\n", value.to_string_lossy()));
     }
+    fs::write(place.path(DIFFERING), "")?;
+    script.push_str(&format!(". {}\n", place.path(DIFFERING).display()));
     script.push_str(&format!("exec {} \"$@\"\n", place.tools.program("phos-runc").display()));
     fs::write(&path, script)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     Ok(path)
+}
+
+/// While `f` runs, the engines of this place find the runtime with another value of an environment variable.
+pub fn differing<T>(place: &Place, name: &str, value: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    fs::write(place.path(DIFFERING), format!("export {name}='{value}'\n"))?;
+    let result = f();
+    fs::write(place.path(DIFFERING), "")?;
+    result
 }
 
 /// The cgroup below which an engine puts its containers: nothing of another engine's is in it.
@@ -105,6 +118,7 @@ impl<'a> Podman<'a> {
         fs::write(&conf, text)?;
         let words = [
             "CONTAINERS_CONF=",
+            "PODMAN_IGNORE_CGROUPSV1_WARNING=1",
             "podman",
             "--root",
             &root,
@@ -218,6 +232,24 @@ impl<'a> Docker<'a> {
     /// Runs a command that must succeed.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         succeeded(words, self.try_run(words)?)
+    }
+
+    /// Waits until Docker's containerd has forgotten the checkpoints that it has handed over. Until then a further one of
+    /// the same container fails in it («content … already exists»), with any runtime.
+    pub fn settle(&self) -> Result<()> {
+        let socket = self.place.path("docker-exec/containerd/containerd.sock").display().to_string();
+        let words = ["-a", &socket, "-n", "moby", "content", "ls", "-q"];
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let kept = succeeded(&words, self.place.command(Path::new("/usr/bin/ctr"), &words, false)?)?;
+            if kept.trim().is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("containerd keeps {kept}");
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Runs a command, whatever comes of it.

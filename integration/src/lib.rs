@@ -7,6 +7,8 @@ pub mod container;
 pub mod containerd;
 pub mod engine;
 pub mod memory;
+pub mod processes;
+pub mod root;
 pub mod sandbox;
 pub mod status;
 pub mod toolkit;

@@ -2,6 +2,7 @@
 //! with it.
 
 use std::env;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::tools::Tools;
@@ -14,6 +15,14 @@ const INSIDE: &str = "PHOS_TEST_SANDBOX";
 /// # Panics
 /// If the test fails.
 pub fn sandboxed(name: &str, test: impl FnOnce(&Tools)) {
+    sandboxed_in(None, name, test);
+}
+
+/// The same in another root file system, see [`crate::root`]; its own CRIU is used there.
+///
+/// # Panics
+/// If the test fails.
+pub fn sandboxed_in(root: Option<&Path>, name: &str, test: impl FnOnce(&Tools)) {
     let tools = match Tools::find() {
         Ok(tools) => tools,
         Err(reason) => {
@@ -26,9 +35,13 @@ pub fn sandboxed(name: &str, test: impl FnOnce(&Tools)) {
         test(&tools);
         return;
     }
-    let status = Command::new("unshare")
-        .args(["--pid", "--fork", "--mount", "--mount-proc", "--kill-child", "--"])
-        .arg(tools.program("sandbox-init"))
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--mount", "--mount-proc", "--kill-child", "--"]);
+    command.arg(tools.program("sandbox-init"));
+    if let Some(root) = root {
+        command.arg("--root").arg(root).env("PHOS_CRIU", "/usr/sbin/criu");
+    }
+    let status = command
         .arg(env::current_exe().expect("a test has a path"))
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")

@@ -4,36 +4,14 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use phos_integration::container::Place;
+use phos_integration::processes::{process_with, wait_until};
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
-
-/// A process of this sandbox with all these words on its command line.
-fn process_with(words: &[&str]) -> Option<i32> {
-    let pids =
-        fs::read_dir("/proc").ok()?.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-    pids.into_iter().find(|pid| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let have: Vec<_> = line.split(|b| *b == 0).map(String::from_utf8_lossy).collect();
-        !have.is_empty() && words.iter().all(|w| have.iter().any(|h| h == w))
-    })
-}
-
-fn wait_until<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> Result<T> {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        if let Some(t) = f() {
-            return Ok(t);
-        }
-        ensure!(Instant::now() < deadline, "{what} did not happen");
-        thread::sleep(Duration::from_millis(2));
-    }
-}
 
 /// A place whose lower runtime stops for a second before each checkpoint (and says so in a file), and then makes it
 /// or fails.

@@ -1,0 +1,256 @@
+//! The commands people type, on real engines: Docker, Podman and containerd with their daemons and monitors. Each test
+//! runs with the engines of this machine, and with those of Debian 13 in its root file system.
+
+mod containerd;
+mod docker;
+mod podman;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use phos_integration::bundle::{Bundle, Gpu};
+use phos_integration::container::{Ended, Place};
+use phos_integration::engine::present;
+use phos_integration::root;
+use phos_integration::sandbox::sandboxed_in;
+use phos_integration::status;
+use phos_integration::tools::Tools;
+
+/// Two tests of one body: with this machine's engines and with Debian 13's.
+macro_rules! generations {
+    ($name:ident, $program:literal, $body:path) => {
+        mod $name {
+            #[test]
+            fn this_machine() {
+                crate::on(None, concat!(module_path!(), "::this_machine"), $program, $body);
+            }
+
+            #[test]
+            fn debian_13() {
+                let root = phos_integration::root::debian_13();
+                crate::on(Some(root), concat!(module_path!(), "::debian_13"), $program, $body);
+            }
+        }
+    };
+}
+use generations;
+
+fn on(root: Option<PathBuf>, path: &str, program: &str, test: fn(&Tools) -> Result<()>) {
+    let name = path.split_once("::").map_or(path, |(_, inside)| inside);
+    if root.as_ref().is_some_and(|r| !r.join(".packages").exists()) {
+        assert!(
+            std::env::var("CI").is_err(),
+            "no engines of Debian 13: run integration/scripts/setup.sh engines"
+        );
+        eprintln!("skipped {name}: no engines of Debian 13 (integration/scripts/setup.sh engines)");
+        return;
+    }
+    sandboxed_in(root.as_deref(), name, |tools| {
+        if present(program)
+            && let Err(e) = test(tools)
+        {
+            panic!("{e:?}");
+        }
+    });
+}
+
+/// What the README says is tested is what is tested: on the systems that its table is about, it has this version.
+fn documented(engine: &str, version: &str) -> Result<()> {
+    let number =
+        version.split(|c: char| !c.is_ascii_digit() && c != '.').find(|w| w.contains('.')).unwrap_or("");
+    let short = number.splitn(3, '.').take(2).collect::<Vec<_>>().join(".");
+    let system = root::system();
+    eprintln!("{engine} {number} on {system}");
+    let readme = include_str!("../../../README.md");
+    let rows = readme.lines().filter_map(|l| l.strip_prefix("| ")?.strip_prefix(engine)?.strip_prefix(" | "));
+    let named = rows.flat_map(|row| row.split(" | ").next().unwrap_or("").split(", ")).any(|v| v == short);
+    ensure!(
+        named || !matches!(system.as_str(), "debian 12" | "debian 13"),
+        "the README does not name {engine} {short}"
+    );
+    Ok(())
+}
+
+/// The sample in any engine: its GPU, its output folder.
+const DEVICE: [&str; 2] = ["--device", "/dev/fuse:/dev/simgpu0"];
+const SAMPLE: [&str; 5] = ["/usr/bin/phos-sample", "--out", "/out/status", "--mib", "16"];
+
+/// A seccomp profile: something to be restored, with something that the sample does not do forbidden.
+const SECCOMP: &str = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"names": ["ptrace", "add_key"], "action": "SCMP_ACT_ERRNO"}]}"#;
+
+/// A root file system with the sample in it.
+fn sample_root(place: &Place) -> Result<Bundle> {
+    Bundle::make(&place.tools, &place.path("engine"), "unused", &[], &Gpu::Simulated)
+}
+
+/// Waits for further steps; every line so far must be right. Returns the last step.
+fn steps(file: &Path, more: usize) -> Result<u64> {
+    let lines = status::wait_for(file, more, Duration::from_secs(60))?;
+    status::check(&lines)?;
+    Ok(lines.last().map_or(0, |l| l.step))
+}
+
+/// Waits for the first steps of a program that was restored: they continue at step `from` or a little later.
+fn steps_again(file: &Path, from: u64) -> Result<()> {
+    let lines = status::wait_for(file, 5, Duration::from_secs(60))?;
+    status::check(&lines)?;
+    // The step that was under way when the program was stopped may not have been written then.
+    ensure!((2..=from + 1).contains(&lines[0].step), "at {from} it stood, at {} it goes on", lines[0].step);
+    Ok(())
+}
+
+/// containerd and Docker freeze a container before its checkpoint, with runc's own `pause`. On a busy machine with the
+/// old cgroup hierarchy runc gives that up («unable to freeze»); a person would try again.
+fn patiently(checkpoint: impl Fn() -> Result<Ended>) -> Result<Ended> {
+    for _ in 0..5 {
+        match checkpoint()? {
+            ended if ended.text.contains("unable to freeze") => eprintln!("again: {}", ended.text),
+            ended => return Ok(ended),
+        }
+    }
+    checkpoint()
+}
+
+/// What CRIU itself has to say, where an engine names its log: for a test that failed.
+fn say_why(ended: &Ended) {
+    let log = ended.text.split("path= ").nth(1).and_then(|t| t.split(": unknown").next()).unwrap_or_default();
+    let text = fs::read_to_string(log).unwrap_or_default();
+    text.lines().filter(|l| l.contains("Error") || l.contains("Warn")).for_each(|l| eprintln!("{l}"));
+}
+
+/// A command that must succeed.
+fn done(ended: Ended) -> Result<String> {
+    if ended.status != 0 {
+        say_why(&ended);
+    }
+    ensure!(ended.status == 0, "ended with {}: {}", ended.status, ended.text);
+    Ok(ended.text)
+}
+
+/// A command that must be refused with these words.
+fn refused(ended: &Ended, words: &[&str]) -> Result<()> {
+    ensure!(ended.status != 0, "was not refused: {}", ended.text);
+    for word in words {
+        ensure!(ended.text.contains(word), "{:?} does not say {word:?}", ended.text);
+    }
+    Ok(())
+}
+
+/// A new folder that any user may write to.
+fn open_folder(place: &Place, name: &str) -> Result<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = place.path(name);
+    fs::create_dir_all(&path)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o777))?;
+    Ok(path)
+}
+
+/// Options for a user other than root. CRIU asks for the limits of the processes, and needs `CAP_SYS_RESOURCE` for those
+/// of another user.
+fn user() -> &'static [&'static str] {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:")).unwrap_or_default().trim();
+    if u64::from_str_radix(effective, 16).unwrap_or(0) >> 24 & 1 == 1 {
+        return &["--user", "1000:1000"];
+    }
+    eprintln!("skipped: --user, this machine has no CAP_SYS_RESOURCE");
+    &[]
+}
+
+/// A program in the place.
+fn script(place: &Place, name: &str, text: &str) -> Result<String> {
+    use std::os::unix::fs::PermissionsExt;
+    let path = place.path(name);
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path.display().to_string())
+}
+
+/// A lower runtime that says in a file that it is about to checkpoint, waits for a second, and does.
+fn slow_runtime(place: &Place) -> Result<String> {
+    let (mark, runc) = (place.path("dumping"), &place.tools.runc);
+    let case = format!("case \" $* \" in *' checkpoint '*) : >{}; sleep 1 ;; esac", mark.display());
+    script(place, "slow-runc", &format!("#!/bin/sh\n{case}\nexec {} \"$@\"\n", runc.display()))
+}
+
+/// A lower runtime whose CRIU fails, for a reason that is in CRIU's log only.
+fn broken_runtime(place: &Place) -> Result<String> {
+    let text = format!(
+        r#"#!/bin/sh
+for word in "$@"; do
+    case "$previous" in --work-path) work=$word ;; --log) log=$word ;; esac
+    case "$word" in checkpoint) verb=dump ;; restore) verb=restore ;; esac
+    previous=$word
+done
+[ -n "$verb" ] && [ -n "$work" ] || exec {} "$@"
+mkdir -p "$work"
+echo '(00.01) Error (criu/x.c:1): This is why' >"$work/$verb.log"
+[ -z "$log" ] || printf '%s\n' '{{"level":"error","msg":"criu failed: type NOTIFY errno 0\nlog file: x","time":"2026-01-01T00:00:00Z"}}' >>"$log"
+echo 'criu failed: type NOTIFY errno 0' >&2
+exit 1
+"#,
+        place.tools.runc.display()
+    );
+    script(place, "broken-runc", &text)
+}
+
+/// What makes a checkpoint impossible: a variable of phos-runc's environment, and the words that say so.
+fn hindrances(place: &Place) -> Result<Vec<(&'static str, String, &'static str)>> {
+    Ok(vec![
+        ("PHOS_CRIU", "/does/not/exist".into(), "no CRIU found: install criu 4.1 or newer"),
+        ("PHOS_LIBCUDA", "/does/not/exist".into(), "no NVIDIA driver library on this host"),
+        ("PHOS_STRATEGY", "fast".into(), "unknown strategy 'fast': use auto, snapshot, precopy or stop"),
+        ("PHOS_LOWER_RUNTIME", broken_runtime(place)?, "CRIU: This is why (see "),
+    ])
+}
+
+/// The same of a restore.
+fn restore_hindrances(place: &Place) -> Result<Vec<(&'static str, String, &'static str)>> {
+    Ok(vec![
+        ("SIMCUDA_DRIVER", "12080".into(), "made with driver API 13000, this machine runs API 12080"),
+        ("SIMCUDA_UUID_SEED", "1".into(), "the image needs a Simulated GPU (GPU-"),
+        ("PHOS_CRIU", "/does/not/exist".into(), "no CRIU found: install criu 4.1 or newer"),
+        ("PHOS_LOWER_RUNTIME", broken_runtime(place)?, "CRIU: This is why (see "),
+    ])
+}
+
+/// The sample with a kernel that does not end as long as /out/hang exists; see [`impatient`].
+const HANGING: [&str; 2] = ["--hang-file", "/out/hang"];
+
+/// A place whose checkpoints wait for the GPU for one second.
+fn impatient(tools: &Tools) -> Result<Place> {
+    let place = Place::new(tools)?;
+    fs::write(place.path("config.toml"), "drain_timeout = 1\n")?;
+    Ok(place)
+}
+
+/// While the GPU is busy without end, a checkpoint is refused; then the program goes on.
+fn refused_while_busy(out: &Path, checkpoint: impl Fn() -> Result<Ended>) -> Result<()> {
+    fs::write(out.join("hang"), "")?;
+    std::thread::sleep(Duration::from_millis(300));
+    refused(&checkpoint()?, &["did not finish in time", "drain_timeout"])?;
+    fs::remove_file(out.join("hang"))?;
+    steps(&out.join("status"), 3).map(|_| ())
+}
+
+/// Changes one bit of a GPU image below `folder`. The second time it is as before.
+fn flip_a_bit(folder: &Path) -> Result<()> {
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder)?.flatten() {
+            let path = entry.path();
+            if path.file_name().is_some_and(|n| n == "phos-gpu-0.img") {
+                let mut bytes = fs::read(&path)?;
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                return Ok(fs::write(path, bytes)?);
+            }
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                folders.push(path);
+            }
+        }
+    }
+    anyhow::bail!("no GPU image")
+}

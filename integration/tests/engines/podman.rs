@@ -1,0 +1,115 @@
+//! `podman container checkpoint`, `podman container restore`.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use phos_integration::container::Place;
+use phos_integration::engine::{Podman, differing};
+use phos_integration::tools::Tools;
+
+use crate::{
+    DEVICE, HANGING, SAMPLE, documented, done, flip_a_bit, generations, hindrances, impatient, open_folder,
+    refused, refused_while_busy, restore_hindrances, sample_root, steps, steps_again, user,
+};
+
+fn in_place(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let bundle = sample_root(&place)?;
+    let engine = Podman::new(&place)?;
+    documented("Podman", &engine.run(&["--version"])?)?;
+    let rootfs = bundle.path.join("rootfs").display().to_string();
+    let volume = format!("{}:/out", bundle.out.display());
+    let options = ["--name", "box", "--network", "none", "-v", &volume];
+    engine.run_container(&[&options[..], &DEVICE].concat(), &rootfs, &SAMPLE)?;
+    let (status, joined) = (bundle.out.join("status"), bundle.out.join("joined"));
+    steps(&status, 5)?;
+    // A second program on the GPU joins. It is not the image's, and goes on.
+    engine.run(&["exec", "-d", "box", "/usr/bin/phos-sample", "--out", "/out/joined", "--mib", "16"])?;
+    steps(&joined, 3)?;
+    engine.run(&["container", "checkpoint", "--leave-running", "box"])?;
+    steps(&status, 5)?;
+    steps(&joined, 3)?;
+    engine.run(&["container", "checkpoint", "box"])?;
+    engine.run(&["container", "restore", "--keep", "box"])?;
+    steps(&status, 5)?;
+    let stats = engine.run(&["container", "checkpoint", "--print-stats", "box"])?;
+    ensure!(stats.contains("runtime_checkpoint_duration"), "{stats}");
+    let stats = engine.run(&["container", "restore", "--print-stats", "box"])?;
+    ensure!(stats.contains("runtime_restore_duration"), "{stats}");
+    steps(&status, 5)?;
+    // Paused by hand: Podman itself refuses.
+    engine.run(&["pause", "box"])?;
+    refused(&engine.try_run(&["container", "checkpoint", "--leave-running", "box"])?, &["not running"])?;
+    engine.run(&["unpause", "box"])?;
+    steps(&status, 3).map(|_| ())
+}
+
+generations!(checkpoints_in_place, "podman", super::in_place);
+
+/// An archive and an image become containers of other names, of a container with limits and a terminal.
+fn elsewhere(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let bundle = sample_root(&place)?;
+    let engine = Podman::new(&place)?;
+    engine.import(&bundle, "sample")?;
+    let out = open_folder(&place, "user-out")?;
+    let (volume, status) = (format!("{}:/out", out.display()), out.join("status"));
+    let profile = place.path("seccomp.json");
+    fs::write(&profile, crate::SECCOMP)?;
+    let profile = format!("seccomp={}", profile.display());
+    let options =
+        ["-t", "--name", "box", "--network", "host", "--memory", "512m", "--read-only", "-v", &volume];
+    let more = ["--security-opt", &profile];
+    engine.run_image(&[&options[..], &more, user(), &DEVICE].concat(), "sample", &SAMPLE)?;
+    steps(&status, 5)?;
+    let archive = place.path("export.tar.gz").display().to_string();
+    engine.run(&["container", "checkpoint", "--leave-running", "--export", &archive, "box"])?;
+    steps(&status, 5)?;
+    engine.run(&["container", "checkpoint", "--export", &archive, "box"])?;
+    let stood_at = steps(&status, 0)?;
+    engine.run(&["rm", "-f", "box"])?;
+    fs::remove_file(&status)?;
+    engine.run(&["container", "restore", "--import", &archive, "--name", "other"])?;
+    steps_again(&status, stood_at)?;
+    ensure!(engine.run(&["ps", "--format", "{{.Names}}"])?.trim() == "other");
+
+    engine.run(&["container", "checkpoint", "--create-image", "kept", "other"])?;
+    let stood_at = steps(&status, 0)?;
+    engine.run(&["rm", "-f", "other"])?;
+    fs::remove_file(&status)?;
+    engine.run(&["container", "restore", "kept"])?;
+    steps_again(&status, stood_at)
+}
+
+generations!(archives_and_images, "podman", super::elsewhere);
+
+/// What is wrong reaches the person in words, and changes nothing.
+fn refusals(tools: &Tools) -> Result<()> {
+    let place = impatient(tools)?;
+    let bundle = sample_root(&place)?;
+    let engine = Podman::new(&place)?;
+    let rootfs = bundle.path.join("rootfs").display().to_string();
+    let volume = format!("{}:/out", bundle.out.display());
+    let options = ["-i", "--name", "box", "--network", "none", "-v", &volume];
+    engine.run_container(&[&options[..], &DEVICE].concat(), &rootfs, &[&SAMPLE[..], &HANGING].concat())?;
+    let status = bundle.out.join("status");
+    steps(&status, 3)?;
+    let leave_running = || engine.try_run(&["container", "checkpoint", "--leave-running", "box"]);
+    for (name, value, words) in hindrances(&place)? {
+        refused(&differing(&place, name, &value, leave_running)?, &[words])?;
+        steps(&status, 3)?;
+    }
+    refused_while_busy(&bundle.out, leave_running)?;
+    engine.run(&["container", "checkpoint", "box"])?;
+    let restore = || engine.try_run(&["container", "restore", "--keep", "box"]);
+    for (name, value, words) in restore_hindrances(&place)? {
+        refused(&differing(&place, name, &value, restore)?, &[words])?;
+    }
+    flip_a_bit(&place.path("podman"))?;
+    refused(&restore()?, &["phos-gpu-0.img is damaged"])?;
+    flip_a_bit(&place.path("podman"))?;
+    done(restore()?)?;
+    steps(&status, 5).map(|_| ())
+}
+
+generations!(refusals_in_words, "podman", super::refusals);
