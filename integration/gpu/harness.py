@@ -13,9 +13,10 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 BIN = os.path.join(HERE, "bin")
-# Which GPU, if there are several: two runners may work beside each other.
+# Which GPU, if there are several, and a name: runners may work beside each other.
 CARD = int(os.environ.get("PHOS_BENCH_GPU", "0"))
-WORK = f"/run/phos-bench-{CARD}"
+PLACE = f"phos-bench-{CARD}" + os.environ.get("PHOS_BENCH_NAME", "")
+WORK = f"/run/{PLACE}"
 OUT = os.environ.get("OUT", HERE)
 DRIVER = "/usr/local/nvidia"
 PYTHON = shutil.which("python3")
@@ -117,9 +118,27 @@ def spec(command, annotations, more_env=()):
             {"destination": "/bundle", "type": "bind", "source": HERE, "options": ["bind", "ro"]},
         ],
         "linux": {"namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts")], "devices": devices,
-                  "resources": {"devices": rules}, "cgroupsPath": f"/phos-bench-{CARD}"},
+                  "resources": {"devices": rules}, "cgroupsPath": f"/{PLACE}"},
         "annotations": annotations,
     }
+
+
+def step_of(line):
+    """Number, digest and time in ns of a step: `N DIGEST NS`, or as phos-sample writes it."""
+    if line.startswith("step="):
+        fields = dict(word.split("=", 1) for word in line.split())
+        return int(fields["step"]), fields["digest"] if fields["ok"] == "1" else "wrong", int(fields["t_ms"]) * 10**6
+    number, digest, when = line.split()
+    return int(number), digest, int(when)
+
+
+def steps_in(path):
+    """The steps in a program's log, as far as it is written."""
+    try:
+        with open(path) as f:
+            return [step_of(line) for line in f if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
 
 
 class Container:
@@ -133,7 +152,8 @@ class Container:
         if workload[0].endswith(".py"):
             command = [PYTHON, f"/bundle/workloads/{workload[0]}", *workload[1:], "--out", f"/out/{name}.log", "--stop", f"/out/{name}.stop"]
         else:
-            command = [f"/bundle/bin/{workload[0]}", *workload[1:]]
+            output = [] if "--bench" in workload else ["--out", f"/out/{name}.log", "--stop-file", f"/out/{name}.stop"]
+            command = [f"/bundle/bin/{workload[0]}", *workload[1:], *output]
         # What it says goes to files that the container sees: CRIU cannot dump one that is the host's alone.
         command = ["/bin/sh", "-c", f'exec "$@" >>/out/{name}.txt 2>>/out/{name}.err', "sh", *command]
         with open(f"{self.bundle}/config.json", "w") as f:
@@ -149,12 +169,7 @@ class Container:
         log(f"{self.name} started")
 
     def steps(self):
-        try:
-            with open(self.log) as f:
-                lines = [line.split() for line in f if line.endswith("\n")]
-        except FileNotFoundError:
-            return []
-        return [(int(a), b, int(c)) for a, b, c in lines]
+        return steps_in(self.log)
 
     def wait_steps(self, more, limit=120):
         have = len(self.steps())

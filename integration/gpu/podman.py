@@ -6,7 +6,7 @@ import tarfile
 import time
 
 from compare import identical
-from harness import BIN, CARD, DRIVER, ENV, HERE, PYTHON, WORK, log, longest_gap, result, run
+from harness import BIN, CARD, DRIVER, ENV, HERE, PYTHON, WORK, log, longest_gap, result, run, steps_in
 
 NAME = "podman-torch"
 PLACE = f"{WORK}/podman"
@@ -66,12 +66,7 @@ class Box:
                     "--out", f"/out/{NAME}.log", "--stop", f"/out/{NAME}.stop")
 
     def steps(self):
-        try:
-            with open(self.log) as f:
-                lines = [line.split() for line in f if line.endswith("\n")]
-        except FileNotFoundError:
-            return []
-        return [(int(a), b, int(c)) for a, b, c in lines]
+        return steps_in(self.log)
 
     def wait_steps(self, more, limit=90):
         have, end = len(self.steps()), time.monotonic() + limit

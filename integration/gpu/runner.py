@@ -307,6 +307,8 @@ MATRIX = {
     "triton": (("triton_steps.py", "--gb", "2"), ()),
     "numba": (("numba_steps.py", "--gb", "2"), ()),
     "torch-ipc": (("torch_ipc.py", "--gb", "2"), ()),
+    # With threads that go on using host memory while the driver's state is away.
+    "many-small": (("phos-sample", "--mib", "512", "--small", "100000", "--verify-every", "20", "--churn", "4"), ()),
 }
 
 
