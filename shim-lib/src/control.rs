@@ -222,10 +222,10 @@ fn asleep(connection: &Connection) -> Result<Option<Timings>, Failure> {
     }
 }
 
-/// Knocks until the host has given everything back.
-fn wait_for_host(folder: &Path) {
+/// Knocks until the host has given everything back. It has yet to be told so.
+fn wait_for_host(folder: &Path) -> Option<(Connection, Timings)> {
     let door = folder.join(paths::HOST_SOCKET);
-    let Some(address) = address(&door) else { return };
+    let address = address(&door)?;
     loop {
         thread::sleep(KNOCK);
         // CRIU may look at this process at any moment: no socket is opened before there is a door.
@@ -247,15 +247,12 @@ fn wait_for_host(folder: &Path) {
             connection.send(&greeting(true), &[])?;
             asleep(&connection)
         })();
-        CONVERSATION.store(-1, Ordering::Relaxed);
         match result {
-            Ok(Some(timings)) => {
-                let _ = connection.send(&Message::Attached(timings), &[]);
-                return;
-            }
+            Ok(Some(timings)) => return Some((connection, timings)),
             Ok(None) => {}
             Err(failure) => report(&connection, failure),
         }
+        CONVERSATION.store(-1, Ordering::Relaxed);
     }
 }
 
@@ -263,9 +260,16 @@ fn run(folder: &Path) {
     // SAFETY: always succeeds.
     let pid = unsafe { libc::getpid() };
     let path = folder.join(paths::library_socket(pid));
+    let mut attached: Option<(Connection, Timings)> = None;
     loop {
-        let Some(listener) = listen(&path).map(Kept::new) else { return };
-        *LISTENER.lock().unwrap_or_else(|e| e.into_inner()) = listener;
+        let listener = listen(&path).map(Kept::new);
+        *LISTENER.lock().unwrap_or_else(|e| e.into_inner()) = listener.unwrap_or(Kept::NONE);
+        // Only now may the host begin another checkpoint: it must not take this for a process without the library.
+        if let Some((connection, timings)) = attached.take() {
+            let _ = connection.send(&Message::Attached(timings), &[]);
+            CONVERSATION.store(-1, Ordering::Relaxed);
+        }
+        let Some(listener) = listener else { return };
         let parked = loop {
             // A program may have closed it, and use its number for something else.
             let Some(listener) = listener.get() else { break false };
@@ -304,7 +308,7 @@ fn run(folder: &Path) {
         let _ = std::fs::remove_file(&path);
         if parked {
             ipc_door::close();
-            wait_for_host(folder);
+            attached = wait_for_host(folder);
             ipc_door::reopen();
             prefault::disarm();
         }
