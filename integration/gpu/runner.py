@@ -341,8 +341,10 @@ def sample(args):
     shown = run(*sandbox, f"{BIN}/demo", env=env, timeout=120).stdout
     print(shown, flush=True)
     result("pause", "sample", "phos-runc", "bit_identical", "bit-identical to an uninterrupted run" in shown, note="demo")
-    done = run(*sandbox, f"{BIN}/soak", str(args.cycles), env=env, timeout=280)
-    rows.extend(dict(json.loads(line), driver=GPU["driver"]) for line in done.stdout.splitlines())
+    # Then with threads that change the address space while the driver's state is away, and with memory that two processes share.
+    for cycles, more in (args.cycles, ()), (args.cycles // 2, ("--churn", "4")), (args.cycles // 5, ("--pair",)):
+        done = run(*sandbox, f"{BIN}/soak", str(max(5, cycles)), *more, env=env, timeout=280)
+        rows.extend(dict(json.loads(line), driver=GPU["driver"]) for line in done.stdout.splitlines())
 
 
 def copy(args):

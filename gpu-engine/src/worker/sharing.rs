@@ -56,6 +56,15 @@ fn groups(fds: &[RawFd]) -> io::Result<Vec<Vec<usize>>> {
 /// Finds the owner of every piece that is shared, and refuses what belongs to a process outside. Call it whenever tables
 /// have changed.
 pub fn resolve(subjects: &mut [Subject]) -> Result<(), EngineError> {
+    if subjects.iter().all(|s| s.resolved) {
+        return Ok(());
+    }
+    find_owners(subjects)?;
+    subjects.iter_mut().for_each(|s| s.resolved = true);
+    Ok(())
+}
+
+fn find_owners(subjects: &mut [Subject]) -> Result<(), EngineError> {
     subjects.iter_mut().flat_map(|s| &mut s.pieces).for_each(|p| p.owner = None);
     let imported = |p: &Piece| p.held.class == CLASS_IMPORTED;
     if !subjects.iter().flat_map(|s| &s.pieces).any(imported) {
@@ -147,9 +156,12 @@ mod tests {
         assert_eq!(owners(&subjects), [vec![None, None, Some((1, 8))], vec![Some((0, 5)), None, None]]);
         // The exporter lets go: who has it from outside is refused, who has it from inside inherits.
         subjects[0].pieces.remove(0);
+        resolve(&mut subjects).unwrap();
+        subjects[0].resolved = false;
         let error = resolve(&mut subjects).unwrap_err().to_string();
         assert!(error.contains("outside the container"), "{error}");
         subjects[1].pieces[0].held.flags = FLAG_INSIDE;
+        subjects[1].resolved = false;
         subjects[0].pieces.push(subject(vec![(10, CLASS_IMPORTED, FLAG_INSIDE, &a)]).pieces.remove(0));
         resolve(&mut subjects).unwrap();
         assert_eq!(owners(&subjects), [vec![None, Some((1, 8)), None], vec![Some((0, 10)), None, None]]);

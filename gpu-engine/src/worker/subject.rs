@@ -32,12 +32,14 @@ pub struct Subject {
     pub pieces: Vec<Piece>,
     /// Table generation that `pieces` stands at.
     pub generation: u64,
+    /// The owners in `pieces` are right: nothing has come or gone since they were found.
+    pub resolved: bool,
 }
 
 impl Subject {
     /// A process nothing else is known of yet.
     pub fn new(kept: KeptProcess) -> Self {
-        Subject { kept, library: None, pieces: Vec::new(), generation: 0 }
+        Subject { kept, library: None, pieces: Vec::new(), generation: 0, resolved: false }
     }
 
     /// Announces a phase to the keeper, before the step is taken.
@@ -49,6 +51,7 @@ impl Subject {
     /// Takes over what changed in the process's table and hands the new fds to the keeper.
     pub fn apply(&mut self, update: TableUpdate, wire: &Wire) -> Result<(), EngineError> {
         let pid = self.kept.pid;
+        self.resolved &= update.added.is_empty() && update.removed.is_empty();
         if !update.removed.is_empty() {
             let removed: std::collections::HashSet<_> = update.removed.iter().collect();
             self.pieces.retain(|p| !removed.contains(&p.held.id));

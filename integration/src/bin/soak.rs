@@ -1,7 +1,9 @@
 //! Many checkpoints and restores of one container, its state verified after each. Prints JSON lines in the form of
 //! `integration/results/`; ends with an error at the first wrong step.
 //!
-//! `soak CYCLES`: every fifth cycle stops and restores, the others leave the container running.
+//! `soak CYCLES [OPTION…]`: every fifth cycle stops and restores, the others leave the container running. The options are
+//! the sample program's: `--churn 4` has threads that change the address space all the time, `--pair` two processes that share
+//! memory.
 
 use std::time::Instant;
 
@@ -24,8 +26,11 @@ fn main() -> Result<()> {
     let gpu = Gpu::of_this_machine();
     let named = std::env::var("PHOS_DEVICE").unwrap_or_else(|_| "GPU".into());
     let device = if gpu == Gpu::Simulated { "simcuda".to_string() } else { named };
+    let more: Vec<String> = std::env::args().skip(2).collect();
     let place = Place::with_gpu(&tools, gpu)?;
-    let container = place.sample(&["--mib", "16", "--step-ms", "1"])?;
+    let mut options = vec!["--mib", "16", "--step-ms", "1"];
+    options.extend(more.iter().map(String::as_str));
+    let container = place.sample(&options)?;
     container.start()?;
     container.steps(5)?;
     let (begin, mut first) = (Instant::now(), None);
@@ -59,11 +64,12 @@ fn main() -> Result<()> {
         Err(_) => word("git", &["rev-parse", "--short", "HEAD"])?,
     };
     let date = word("date", &["+%F"])?;
+    let note = [&["every fifth cycle stops and restores".to_string()], more.as_slice()].concat().join(" ");
     for (metric, value) in [("cycles", i64::from(cycles)), ("failures", 0), ("rss_growth_bytes", growth)] {
         let line = json!({
             "bench": "soak", "workload": "sample", "system": "phos-runc", "metric": metric, "value": value,
             "stat": "single", "n": 1, "device": device, "driver": "", "commit": commit, "date": date,
-            "note": "every fifth cycle stops and restores",
+            "note": note,
         });
         println!("{line}");
     }
