@@ -23,7 +23,7 @@ fn run(tools: &Tools) -> Result<()> {
         container.checkpoint(name, true)?;
         container.steps(5)?;
         let report = place.report()?;
-        ensure!(report["processes"] == 2 && report["gpu_bytes"] == SHARED, "saved once: {report}");
+        ensure!(report["processes"] == 2 && report["written_bytes"] == SHARED, "saved once: {report}");
         ensure!(report["warnings"] == serde_json::json!([]), "{report}");
     }
     let shown = container.place.command(
