@@ -172,10 +172,41 @@ fn glibc_minor(bytes: &[u8]) -> Option<u32> {
         .max()
 }
 
+/// The first segment of a library that is loaded: the names of versions stand there, and what stands behind it, debugging
+/// information above all, can be many times as large. `None` if its headers do not say.
+fn first_segment(path: &Path) -> Option<Vec<u8>> {
+    let mut file = File::open(path).ok()?;
+    let mut head = Vec::new();
+    file.by_ref().take(4096).read_to_end(&mut head).ok()?;
+    let number = |at: u64, len: u64| {
+        let bytes = head.get(usize::try_from(at).ok()?..usize::try_from(at.checked_add(len)?).ok()?)?;
+        Some(bytes.iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b)))
+    };
+    // e_phoff, e_phentsize, e_phnum; of each entry p_type (1: loaded), p_offset, p_filesz. See elf(5).
+    let (table, entry, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
+    let size = (0..count).find_map(|i| {
+        let at = table.checked_add(i * entry)?;
+        let first = number(at, 4)? == 1 && number(at.checked_add(8)?, 8)? == 0;
+        if first { number(at.checked_add(32)?, 8) } else { None }
+    })?;
+    let read = head.len() as u64;
+    file.take(size.saturating_sub(read)).read_to_end(&mut head).ok()?;
+    head.truncate(usize::try_from(size).ok()?);
+    Some(head)
+}
+
+/// The newest C library that a library needs, or that a C library is, as the `N` of `GLIBC_2.N`.
+fn library_minor(path: &Path) -> Result<u32, String> {
+    if let Some(minor) = first_segment(path).as_deref().and_then(glibc_minor) {
+        return Ok(minor);
+    }
+    let bytes = fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(glibc_minor(&bytes).unwrap_or(0))
+}
+
 /// Whether the container's C library can load `library`. Says why not.
 pub fn can_load(library: &Path, root: &Path) -> Result<(), String> {
-    let bytes = fs::read(library).map_err(|e| format!("{}: {e}", library.display()))?;
-    let needs = glibc_minor(&bytes).unwrap_or(0);
+    let needs = library_minor(library)?;
     let libc = LIBRARY_FOLDERS
         .iter()
         .filter_map(|folder| resolve(root, &Path::new(folder).join("libc.so.6")))
@@ -187,7 +218,7 @@ pub fn can_load(library: &Path, root: &Path) -> Result<(), String> {
                 .into(),
         );
     };
-    let has = fs::read(&libc).ok().and_then(|b| glibc_minor(&b)).unwrap_or(0);
+    let has = library_minor(&libc).unwrap_or(0);
     if has < needs {
         let name = library.file_name().unwrap_or_default().to_string_lossy();
         return Err(format!("its GNU C library is 2.{has}, {name} needs 2.{needs}"));
@@ -251,6 +282,26 @@ mod tests {
         }
         assert_eq!(resolve(&root, Path::new("loop")), None);
         assert_eq!(resolve(&root, Path::new("missing")), None);
+    }
+
+    #[test]
+    fn versions_are_looked_for_in_the_first_segment_and_nowhere_else_if_it_has_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // One program header at 64, which loads the first 200 bytes.
+        let mut bytes = vec![0u8; 120];
+        (bytes[32], bytes[54], bytes[56], bytes[64], bytes[96]) = (64, 56, 1, 1, 200);
+        bytes.extend_from_slice(b"\0GLIBC_2.17\0");
+        bytes.resize(200, 0);
+        bytes.extend_from_slice(b"\0GLIBC_2.99\0");
+        fs::write(file.path(), &bytes).unwrap();
+        assert_eq!(library_minor(file.path()), Ok(17));
+        // Headers that say nothing, or nonsense.
+        for (at, value) in [(56, 0), (39, 0xff), (64, 2), (103, 0xff)] {
+            let mut other = bytes.clone();
+            other[at] = value;
+            fs::write(file.path(), &other).unwrap();
+            assert_eq!(library_minor(file.path()), Ok(99), "{at}");
+        }
     }
 
     #[test]
