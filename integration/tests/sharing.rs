@@ -144,6 +144,10 @@ fn partner() {
             "open" => open(&app, unhex(words[1]), 1),
             "event" => open_event(&app, unhex(words[1])).map(|e| e as u64),
             "query" => status(app.call("cuEventQuery", &[number(1) as usize])),
+            "device" => {
+                app.use_device(number(1) as usize);
+                Ok(0)
+            }
             "close" => status(app.call("cuIpcCloseMemHandle", &[number(1) as usize])),
             "read" => {
                 let mut word = 0u32;
@@ -232,6 +236,20 @@ fn memory_by_ipc() {
     partner.ask(&format!("close {theirs}")).unwrap();
     partner.ask(&format!("fill {theirs} 11")).unwrap();
     assert_eq!(app.read(large, 100), [11; 100]);
+
+    // Opened from another device it is the same, and both may use it.
+    partner.ask("device 1").unwrap();
+    assert_eq!(partner.open(handle_of(&app, large)), Ok(theirs));
+    assert_eq!(partner.ask(&format!("read {theirs}")), Ok(11));
+    partner.ask(&format!("close {theirs}")).unwrap();
+    let apart = app.alloc(200 * MIB);
+    app.fill(apart, 12, 100);
+    let far = partner.open(handle_of(&app, apart)).unwrap();
+    assert_eq!(partner.ask(&format!("read {far}")), Ok(12));
+    partner.ask("device 0").unwrap();
+    assert_eq!(partner.ask(&format!("read {far}")), Ok(12));
+    partner.ask(&format!("close {far}")).unwrap();
+    app.free(apart);
 
     // Parked and attached it is still one memory, in both directions, and more can be opened.
     assert!(
