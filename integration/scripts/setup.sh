@@ -87,7 +87,7 @@ new_enough "$tools/bin/criu" || { say "CRIU in $tools/bin does not run"; exit 1;
 # A root file system of another generation. Its packages' scripts do not run; what they would have made is made here.
 if [ "${1:-}" = engines ]; then
     root="$tools/debian-13"
-    packages="base-files dash bash coreutils tar gzip libc-bin busybox-static iptables docker.io docker-cli podman conmon containerd runc crun criu"
+    packages="base-files dash bash coreutils tar gzip libc-bin busybox-static iptables iproute2 docker.io docker-cli podman conmon containerd runc crun libcriu2 criu"
     if grep -q '^ID=debian' /etc/os-release || [ -n "${PHOS_DEBIAN_MIRROR:-}" ]; then
         if [ "$(cat "$root/.packages" 2>/dev/null)" != "$packages" ]; then
             say "fetching the engines of Debian 13"

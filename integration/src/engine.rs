@@ -70,10 +70,17 @@ pub(crate) fn remove_cgroup_parent(place: &Place) {
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
     for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
         let parent = hierarchy.join(name.trim_start_matches('/'));
-        for child in fs::read_dir(&parent).into_iter().flatten().flatten() {
-            let _ = fs::remove_dir(child.path());
+        // Monitors end a moment after their containers.
+        for _ in 0..20 {
+            for child in fs::read_dir(&parent).into_iter().flatten().flatten() {
+                let _ = fs::remove_dir(child.path());
+            }
+            let _ = fs::remove_dir(&parent);
+            if !parent.exists() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(50));
         }
-        let _ = fs::remove_dir(parent);
     }
 }
 

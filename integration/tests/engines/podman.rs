@@ -1,8 +1,10 @@
 //! `podman container checkpoint`, `podman container restore`.
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
+use nix::mount::{MsFlags, mount};
 use phos_integration::container::Place;
 use phos_integration::engine::{Podman, differing};
 use phos_integration::tools::Tools;
@@ -113,3 +115,39 @@ fn refusals(tools: &Tools) -> Result<()> {
 }
 
 generations!(refusals_in_words, "podman", super::refusals);
+
+/// crun below phos-runc, as Debian 13's Podman would have it.
+fn crun(tools: &Tools) -> Result<()> {
+    let mut place = Place::new(tools)?;
+    place.env.insert("PHOS_LOWER_RUNTIME".into(), "/usr/bin/crun".into());
+    let bundle = sample_root(&place)?;
+    // crun runs on either hierarchy, but not where the unified one stands beside the old ones with controllers of its own.
+    let unified = Path::new("/sys/fs/cgroup/unified");
+    if unified.exists() {
+        mount(Some("tmpfs"), unified, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+    }
+    let engine = Podman::new(&place)?;
+    documented("crun", &done(place.command(Path::new("/usr/bin/crun"), &["--version"], false)?)?)?;
+    let rootfs = bundle.path.join("rootfs").display().to_string();
+    let volume = format!("{}:/out", bundle.out.display());
+    let options = ["--name", "box", "--network", "none", "-v", &volume];
+    engine.run_container(&[&options[..], &DEVICE].concat(), &rootfs, &SAMPLE)?;
+    let status = bundle.out.join("status");
+    steps(&status, 5)?;
+    engine.run(&["container", "checkpoint", "--leave-running", "box"])?;
+    steps(&status, 5)?;
+    engine.run(&["container", "checkpoint", "box"])?;
+    engine.run(&["container", "restore", "box"])?;
+    steps(&status, 5).map(|_| ())
+}
+
+/// Debian 12's crun is built without CRIU.
+#[test]
+fn above_crun_debian_13() {
+    crate::on(
+        Some(phos_integration::root::debian_13()),
+        concat!(module_path!(), "::above_crun_debian_13"),
+        "crun",
+        crun,
+    );
+}
