@@ -10,6 +10,9 @@ use caps::{CapSet, Capability, CapsHashSet};
 /// What the keeper needs: more descriptors on their way through its socket than a process may have open.
 pub const KEEPER: &[Capability] = &[Capability::CAP_SYS_RESOURCE];
 
+/// The same of a restore, which may have to unmount what a killed lower runtime has left.
+pub const RESTORE_KEEPER: &[Capability] = &[Capability::CAP_SYS_RESOURCE, Capability::CAP_SYS_ADMIN];
+
 /// What the worker needs, or the driver's library in it.
 pub const WORKER: &[Capability] = &[
     // Image folders of any owner, control folders of containers in user namespaces.

@@ -46,6 +46,8 @@ pub use writer::{ImageWriter, Sink};
 pub const MANIFEST: &str = "phos.json";
 /// The chunk table's name.
 pub const INDEX: &str = "phos-chunks.idx";
+/// CRIU's inventory: the CPU's side of a checkpoint is complete when it is there.
+pub const INVENTORY: &str = "inventory.img";
 /// Version of the format that is written and read.
 pub const VERSION: u32 = 1;
 
@@ -118,6 +120,9 @@ pub enum ImageError {
     /// The manifest is another one than a moment ago.
     #[error("image {0} was changed while it was being restored: try again when nothing writes to it")]
     Changed(PathBuf),
+    /// Its checkpoint was ended before it was complete.
+    #[error("image {0} is not complete, its checkpoint was interrupted: restore from another one")]
+    Interrupted(PathBuf),
     /// A file is not what the manifest says.
     #[error("image file {path} is damaged: {what}")]
     Damaged {

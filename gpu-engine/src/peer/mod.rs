@@ -28,9 +28,7 @@ use folder::{descriptor, seqpacket};
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long a whole table may take.
 const TABLE: Duration = Duration::from_secs(20);
-/// How long a process may take to attach, and how much longer for each piece of memory (measured: 55 µs).
-const ATTACH: Duration = Duration::from_secs(60);
-/// See [`ATTACH`].
+/// How much longer attaching may take for each allocation.
 const ATTACH_EACH: Duration = Duration::from_micros(500);
 /// Most allocations one process may have. A table of this length needs 60 MB here.
 const MAX_ENTRIES: usize = 1 << 20;
@@ -229,8 +227,8 @@ impl Library {
     }
 
     /// Every fd is held: the library lets go of the memory. After this the process is parked.
-    pub fn taken(self) -> Result<Timings> {
-        self.timeout(Duration::from_secs(60))?;
+    pub fn taken(self, limit: Duration) -> Result<Timings> {
+        self.timeout(limit)?;
         self.send(&Message::Taken, &[])?;
         match self.receive()?.0 {
             Message::Parked(t) => Ok(t),
@@ -248,8 +246,8 @@ impl Library {
     }
 
     /// Gives a parked process its memory back. `entries` must be all that were alive at park.
-    pub fn attach(self, entries: &[(Entry, RawFd)]) -> Result<Timings> {
-        let deadline = Instant::now() + ATTACH + ATTACH_EACH * entries.len() as u32;
+    pub fn attach(self, entries: &[(Entry, RawFd)], limit: Duration) -> Result<Timings> {
+        let deadline = Instant::now() + limit + ATTACH_EACH * entries.len() as u32;
         self.attach_until(entries, deadline)
     }
 

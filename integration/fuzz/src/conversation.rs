@@ -236,7 +236,7 @@ fn ask(place: &Place, pid: i32, what: u8, packets: &Packets) -> Told<()> {
             };
             assert!(update.added.iter().all(|(e, _)| e.size > 0 && e.size <= 1 << 46));
             if what == 2 {
-                library.taken()?;
+                library.taken(Duration::from_secs(60))?;
             }
             Ok(())
         })();
@@ -256,7 +256,7 @@ fn attach(place: &Place, pid: i32, packets: &Packets) -> Told<()> {
         let told = (|| {
             let library = listener.accept(&[(pid, pid)], Instant::now() + Duration::from_secs(2))?;
             let file = File::open("/dev/null").expect("opened");
-            library.attach(&[(Entry::default(), file.as_raw_fd())])?;
+            library.attach(&[(Entry::default(), file.as_raw_fd())], Duration::from_secs(60))?;
             Ok(())
         })();
         let _ = other.join();
