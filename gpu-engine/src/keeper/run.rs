@@ -154,11 +154,14 @@ fn spawn(role: WorkerRole, state_dir: &Path) -> io::Result<(Child, Wire)> {
     Ok((child, Wire(Connection::new(ours))))
 }
 
-/// The last line that the worker wrote to its log.
+/// The last line that the worker wrote to its log, if that says why it ended: one that was killed was in the middle of something.
 fn last_words(state_dir: &Path) -> String {
     let log = std::fs::read(state_dir.join("engine.log")).unwrap_or_default();
     let text = String::from_utf8_lossy(&log);
-    let line = text.lines().last().unwrap_or("killed, or out of memory").trim();
+    let in_the_middle =
+        |line: &str| [" INFO ", " DEBUG ", " TRACE "].iter().any(|level| line.contains(level));
+    let line =
+        text.lines().last().filter(|line| !in_the_middle(line)).unwrap_or("killed, or out of memory").trim();
     line.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
