@@ -383,7 +383,8 @@ fn side_by_side(tools: &Tools) -> Result<()> {
     for format in ["text", "json"] {
         compare(&place, &SLEEP, LIFE, &["--log-format", format], 18).context(format)?;
     }
-    compare(&place, &SLEEP, INSIDE, &[], 16)?;
+    // One more where there is a controlling terminal.
+    compare(&place, &SLEEP, INSIDE, &[], 15)?;
     compare(&place, &["/bin/sh", "-c", "exit 3"], ENDING, &[], 2)
 }
 
