@@ -28,7 +28,7 @@ def main():
         print(f"\n## {TITLES.get(bench, bench)}\n\n| workload | system | metric | value | n | what | device | file |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
         for workload, system, metric, name, row in sorted(found, key=lambda f: f[:4]):
             stat = row["stat"] if row["stat"] != "single" else ""
-            note = ", ".join(filter(None, (stat, row["note"]))).replace("|", "\\|")
+            note = ", ".join(filter(None, (stat, row["note"]))).replace("|", "\\|").replace("\n", " ")
             print(f"| {workload} | {system} | {metric} | {number(row['value'])} | {row['n']} | {note} | {row['device'].removeprefix('NVIDIA ')} | {name} |")
 
 

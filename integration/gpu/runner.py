@@ -153,7 +153,7 @@ def idle_increment(box, workload):
 def huge_pages(box, workload):
     """One more checkpoint, to a tmpfs of huge pages."""
     folder = f"{WORK}/huge"
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
     run("mount", "-t", "tmpfs", "-o", "huge=always,size=115g", "tmpfs", folder)
     gap, report, image = leave_running(box, workload, "huge", keep=True, folder=folder)
     result("pause", workload, "phos-runc", "criu_ms", report["criu_ms"], note="image on a tmpfs of huge pages")

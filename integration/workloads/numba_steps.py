@@ -1,8 +1,13 @@
 """Numba's CUDA kernels, on memory of its own allocator."""
 import numpy as np
-from numba import cuda
 
-import steps
+# NumPy 2.5 has dropped a name that numba-cuda still looks for when it is loaded.
+if not hasattr(np, "row_stack"):
+    np.row_stack = np.vstack
+
+from numba import cuda  # noqa: E402
+
+import steps  # noqa: E402
 
 args = steps.options()
 BLOCKS = THREADS = 256
