@@ -103,7 +103,7 @@ fn a_process_that_lies_is_refused_and_harms_nobody() {
 /// The container's control folder on the host.
 fn control(place: &Place, container: &Container<'_>) -> Result<PathBuf> {
     let folders = fs::read_dir(place.path("state"))?.flatten();
-    let own = folders.map(|e| e.path()).find(|p| p.to_string_lossy().contains(&container.id));
+    let own = folders.map(|e| e.path()).find(|p| p.is_dir() && p.to_string_lossy().contains(&container.id));
     Ok(own.context("a state folder")?.join("ctl"))
 }
 
