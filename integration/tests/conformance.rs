@@ -523,8 +523,8 @@ fn embedded(tools: &Tools, program: &Path) -> Result<()> {
     sample.runtime = program.into();
     sample.start()?;
     sample.steps(3)?;
-    let sockets = own.path("state");
-    let state = fs::read_dir(&sockets)?.next().context("no state folder")??.path();
+    let folders = fs::read_dir(own.path("state"))?.flatten().map(|e| e.path());
+    let state = folders.into_iter().find(|p| p.is_dir()).context("no state folder")?;
     ensure!(
         fs::read_dir(state.join("ctl"))?
             .flatten()

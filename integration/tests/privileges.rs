@@ -62,8 +62,13 @@ fn processes(tools: &Tools) -> Result<()> {
     }
     ensure!(fs::metadata(container.image("image"))?.mode() & 0o7777 == 0o700);
     for entry in fs::read_dir(place.path("state"))?.flatten() {
-        ensure!(entry.metadata()?.mode() & 0o7777 == 0o700);
-        for name in ["effective-spec.json", "engine.log", "lock"] {
+        let mode = entry.metadata()?.mode() & 0o7777;
+        if entry.file_type()?.is_file() {
+            ensure!(mode == 0o600, "the lock {:?} has mode {mode:o}", entry.file_name());
+            continue;
+        }
+        ensure!(mode == 0o700);
+        for name in ["effective-spec.json", "engine.log"] {
             let mode = fs::metadata(entry.path().join(name))?.mode();
             ensure!(mode & 0o077 == 0 || mode & 0o022 == 0, "{name} has mode {mode:o}");
         }
