@@ -398,6 +398,13 @@ impl Checkpoint<'_> {
 
     /// Allocates what is needed while the program stands still.
     fn prepare_stop(&mut self, session: &mut Session<'_>, plan: CopyPlan) -> Result<(), EngineError> {
+        // A library that was asked for its table faults memory in for the driver, and answers when it is done: that is no
+        // part of the pause.
+        for subject in &self.subjects {
+            if let Some(library) = &subject.library {
+                library.query().map_err(|e| subject.kept.peer_error(e))?;
+            }
+        }
         session.prepare_scan()?;
         if plan.spare {
             let dirty = if plan.precopy || self.job.parent.is_some() {
