@@ -201,7 +201,7 @@ impl<'a> Docker<'a> {
         let at = |name: &str| place.path(name).display().to_string();
         let socket = format!("unix://{}", at("docker.sock"));
         let config = serde_json::json!({
-            "experimental": true, "runtimes": {"phos": {"path": runtime(place)?}},
+            "experimental": true, "features": {"cdi": true}, "runtimes": {"phos": {"path": runtime(place)?}},
             "data-root": at("docker"), "exec-root": at("docker-exec"), "pidfile": at("docker.pid"), "hosts": [socket],
             "iptables": false, "ip6tables": false, "bridge": "none", "storage-driver": "vfs",
             "cgroup-parent": cgroup_parent(place),

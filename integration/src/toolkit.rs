@@ -2,7 +2,7 @@
 //! which do what the real ones do) and a driver, the simulated one, in the form in which a driver's package installs it.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -32,6 +32,11 @@ impl Toolkit {
         let folder = place.path("toolkit");
         for sub in ["driver", "nvidia-persistenced", "nvidia-mps", "proc/gpus/0000:01:00.0"] {
             fs::create_dir_all(folder.join(sub))?;
+        }
+        // The hooks' own programs, where a root file system has few.
+        fs::create_dir(folder.join("bin"))?;
+        for applet in ["dirname", "grep", "head", "mktemp", "mount", "readlink", "sed", "tr"] {
+            symlink(&place.tools.busybox, folder.join("bin").join(applet))?;
         }
         let library = place.tools.program("libsimcuda.so");
         fs::copy(&library, folder.join("driver").join(DRIVER))?;

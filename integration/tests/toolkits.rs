@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 use phos_integration::bundle::{Bundle, Gpu};
 use phos_integration::container::{Container, Place};
 use phos_integration::engine::{Docker, Podman, present};
-use phos_integration::sandbox::sandboxed;
+use phos_integration::root::debian_13;
+use phos_integration::sandbox::{sandboxed, sandboxed_in};
 use phos_integration::status;
 use phos_integration::toolkit::{CdiFolder, DRIVER, LIBRARIES, Toolkit};
 use phos_integration::tools::Tools;
@@ -228,6 +229,43 @@ fn docker_with_nvidias_runtime() {
             docker(tools).unwrap();
         }
     });
+}
+
+/// Docker itself makes the edits of a CDI specification, from version 25 on.
+fn docker_cdi(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let toolkit = Toolkit::install(&place)?;
+    let _folder = CdiFolder::of(&place, &toolkit)?;
+    let bundle = root(&place)?;
+    let engine = Docker::start(&place)?;
+    engine.import(&bundle, "sample")?;
+    let volume = format!("{}:/out", bundle.out.display());
+    let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", "none", "-v", &volume];
+    let gpus = ["--device", "nvidia.com/gpu=all", "--security-opt", "seccomp=unconfined", "sample"];
+    engine.run(&[&run[..], &gpus, &SAMPLE[..3]].concat())?;
+    steps(&bundle, 5)?;
+    let checkpoint = || engine.run(&["checkpoint", "create", "box", "first"]);
+    checkpoint().or_else(|_| checkpoint())?;
+    parked(&place)?;
+    engine.run(&["start", "--checkpoint", "first", "box"])?;
+    steps(&bundle, 5)?;
+    engine.run(&["exec", "box", "/bin/busybox", "test", "-S", "/run/nvidia-persistenced/socket"])?;
+    engine.run(&["rm", "-f", "box"]).map(|_| ())
+}
+
+#[test]
+fn docker_of_debian_13_with_a_generated_cdi_specification() {
+    const NAME: &str = "docker_of_debian_13_with_a_generated_cdi_specification";
+    let debian = debian_13();
+    if !debian.join(".packages").exists() {
+        assert!(
+            std::env::var("CI").is_err(),
+            "no engines of Debian 13: run integration/scripts/setup.sh engines"
+        );
+        eprintln!("skipped {NAME}: no engines of Debian 13 (integration/scripts/setup.sh engines)");
+        return;
+    }
+    sandboxed_in(Some(&debian), NAME, |tools| docker_cdi(tools).unwrap());
 }
 
 /// The same driver's files elsewhere are found by their names; one that is not there is named, and nothing is begun.
