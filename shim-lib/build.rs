@@ -1,4 +1,5 @@
-//! Generates the exported functions from `entry-points.txt`, and names the library `libcuda.so.1`.
+//! Generates the exported functions from `entry-points.txt`, names the library `libcuda.so.1`, and binds it to old versions of
+//! the C library's functions.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -52,4 +53,27 @@ fn main() {
     writeln!(code, "];").expect("string");
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
     fs::write(Path::new(&out).join("entry_points.rs"), code).expect("OUT_DIR is writable");
+    old_symbols(Path::new(&out));
+}
+
+/// Functions of `src/old_libc.rs`.
+const BY_HAND: [&str; 5] = ["fstat", "fstat64", "stat64", "gettid", "statx"];
+
+fn old_symbols(out: &Path) {
+    println!("cargo:rerun-if-changed=old-symbols.txt");
+    let text = fs::read_to_string("old-symbols.txt").expect("old-symbols.txt is part of the crate");
+    let mut code = String::new();
+    let lines = text.lines().filter(|l| !l.starts_with('#') && !l.is_empty());
+    let symbols = lines.map(|l| l.split_once(' ').expect("a function and a version"));
+    for (name, version) in symbols {
+        writeln!(code, "arranged!(\"{name}\", \"{name}\", \"{version}\",);").expect("string");
+        println!("cargo:rustc-cdylib-link-arg=-Wl,--wrap={name}");
+    }
+    for name in BY_HAND {
+        println!("cargo:rustc-cdylib-link-arg=-Wl,--wrap={name}");
+    }
+    // Where older ones have these functions; newer ones keep the names.
+    let libraries = "--push-state,--no-as-needed,-l:libdl.so.2,-l:libpthread.so.0,--pop-state";
+    println!("cargo:rustc-cdylib-link-arg=-Wl,{libraries}");
+    fs::write(out.join("old_symbols.rs"), code).expect("OUT_DIR is writable");
 }

@@ -36,8 +36,12 @@ unsafe impl Send for Loaded {}
 // SAFETY: as above.
 unsafe impl Sync for Loaded {}
 
-fn open(name: &str) -> Result<*mut c_void> {
-    let path = CString::new(tools::built(name)?.into_os_string().into_encoded_bytes())?;
+/// Environment variable: a driver to use instead of the simulated one as it was built.
+pub const TEST_DRIVER: &str = "PHOS_TEST_DRIVER";
+
+fn open(path: PathBuf) -> Result<*mut c_void> {
+    let name = path.display().to_string();
+    let path = CString::new(path.into_os_string().into_encoded_bytes())?;
     // SAFETY: a library of this workspace; its initialisers do nothing.
     let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     ensure!(!handle.is_null(), "{name} cannot be loaded: run cargo build --workspace");
@@ -58,13 +62,22 @@ fn load() -> Result<Loaded> {
         Some(folder) => folder.path().to_path_buf(),
         None => env::var_os(SHARED_CONTROL).unwrap_or_default().into(),
     };
+    let driver = match env::var_os(TEST_DRIVER) {
+        Some(driver) => driver.into(),
+        None => tools::built("libsimcuda.so")?,
+    };
     // SAFETY: before this process loads a driver; other threads of a test harness do not read the environment.
     unsafe {
-        env::set_var("PHOS_REAL_LIBCUDA", tools::built("libsimcuda.so")?);
+        env::set_var("PHOS_REAL_LIBCUDA", &driver);
         env::set_var("PHOS_CONTROL_DIR", &control);
         env::set_var("SIMCUDA_DEVICES", "2");
     }
-    Ok(Loaded { library: open("libphos.so")?, driver: open("libsimcuda.so")?, control, _folder: folder })
+    Ok(Loaded {
+        library: open(tools::built("libphos.so")?)?,
+        driver: open(driver)?,
+        control,
+        _folder: folder,
+    })
 }
 
 /// Memory that was taken over from the process.

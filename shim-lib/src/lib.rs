@@ -27,6 +27,7 @@ mod ipc;
 mod ipc_door;
 mod ipc_events;
 mod memory;
+mod old_libc;
 mod park;
 mod peers;
 mod pointers;
