@@ -32,6 +32,26 @@ pub enum EngineError {
         /// What failed.
         source: DeviceError,
     },
+    /// The driver has given a process up. Whatever is done, it does not run again.
+    #[error("process {pid} ({command}): the driver could not bring back its GPU state and has given it up")]
+    Poisoned {
+        /// Host process id.
+        pid: i32,
+        /// Its name.
+        command: String,
+    },
+    /// A process's GPU work did not end in time; nothing was changed.
+    #[error(
+        "process {pid} ({command}): its GPU work did not finish in time ({text}); try again or raise drain_timeout"
+    )]
+    Busy {
+        /// Host process id.
+        pid: i32,
+        /// Its name.
+        command: String,
+        /// The library's own words.
+        text: String,
+    },
     /// The library in a process does not cooperate.
     #[error("{0}")]
     Peer(#[from] PeerError),

@@ -50,11 +50,23 @@ pub struct Timeouts {
     pub lower_ms: u64,
     /// For a parked process to come back and be attached, milliseconds.
     pub attach_ms: u64,
+    /// For one call into the driver about a process, milliseconds. Without libphos.so the driver moves all of a GPU's
+    /// memory in one call, at about 2 GB/s.
+    pub driver_ms: u64,
+    /// For anything else: how long nothing at all may happen, milliseconds.
+    pub stall_ms: u64,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Timeouts { drain_ms: 10_000, lock_ms: 10_000, lower_ms: 600_000, attach_ms: 60_000 }
+        Timeouts {
+            drain_ms: 10_000,
+            lock_ms: 10_000,
+            lower_ms: 600_000,
+            attach_ms: 60_000,
+            driver_ms: 600_000,
+            stall_ms: 300_000,
+        }
     }
 }
 
@@ -70,6 +82,12 @@ impl Timeouts {
     }
     pub(crate) fn attach(&self) -> Duration {
         Duration::from_millis(self.attach_ms)
+    }
+    pub(crate) fn driver(&self) -> Duration {
+        Duration::from_millis(self.driver_ms)
+    }
+    pub(crate) fn stall(&self) -> Duration {
+        Duration::from_millis(self.stall_ms)
     }
 }
 
@@ -210,6 +228,9 @@ pub struct CheckpointReport {
     pub total_ms: f64,
     /// Things a person should know.
     pub warnings: Vec<String>,
+    /// The container was to go on and could not: why. The image is complete, and all that there is of it.
+    #[serde(default)]
+    pub lost: Option<String>,
     /// What happened when.
     pub spans: Vec<Span>,
 }

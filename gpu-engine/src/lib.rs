@@ -3,6 +3,7 @@
 pub mod copy;
 pub mod device;
 pub mod error;
+pub mod fault;
 pub mod freezer;
 pub mod headroom;
 pub mod image;

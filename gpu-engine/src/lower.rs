@@ -1,12 +1,16 @@
 //! Running the lower runtime.
 
+use std::fs;
 use std::io::{self, Read};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use thiserror::Error;
 
@@ -47,6 +51,48 @@ fn collect(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> 
     })
 }
 
+/// The mounts below `folder`, the last one first.
+fn mounts_below(folder: &Path, mountinfo: &str) -> Vec<PathBuf> {
+    let points = mountinfo.lines().filter_map(|l| l.split(' ').nth(4));
+    // Blanks and the like are octal in there; such a folder is none of a container's.
+    let below = points.map(PathBuf::from).filter(|p| p != folder && p.starts_with(folder));
+    let mut below: Vec<_> = below.collect();
+    below.reverse();
+    below
+}
+
+/// Unmounts what a killed lower runtime has left mounted in its own folder of a container. runc binds the container's root
+/// file system there for a restore, and its `delete` removes the folder with all that is in it: the root file system's files
+/// would go with it.
+pub fn release(folder: &Path) {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for point in mounts_below(folder, &mountinfo) {
+        if let Err(e) = umount2(&point, MntFlags::MNT_DETACH) {
+            tracing::error!(mount = %point.display(), error = %e, "left mounted");
+        }
+    }
+}
+
+/// Whether the lower runtime has something mounted in its folder of a container.
+pub fn is_mounted(folder: &Path) -> bool {
+    !mounts_below(folder, &fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()).is_empty()
+}
+
+/// Waits for what an ended child has left of its process group, as far as it is this process's to wait for (which it is for a
+/// child subreaper); from `deadline` on it is ended.
+fn end_group(group: i32, deadline: Instant) {
+    loop {
+        if Instant::now() >= deadline {
+            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+        }
+        match waitpid(Pid::from_raw(-group), Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => thread::sleep(Duration::from_millis(1)),
+            Ok(_) => {}
+            Err(_) => return,
+        }
+    }
+}
+
 /// Runs a command to its end, in a process group of its own.
 pub fn run(command: &CommandLine, limit: Duration) -> Result<LowerOutput, LowerError> {
     let program = command.program();
@@ -68,8 +114,9 @@ pub fn run(command: &CommandLine, limit: Duration) -> Result<LowerOutput, LowerE
             Ok(Some(status)) => break status,
             Ok(None) if Instant::now() < deadline => {}
             Ok(None) => {
-                let _ = killpg(Pid::from_raw(child.id() as i32), Signal::SIGKILL);
+                let _ = child.kill();
                 let _ = child.wait();
+                end_group(child.id() as i32, Instant::now());
                 return Err(LowerError::Timeout { program: name, seconds: limit.as_secs() });
             }
             Err(source) => return Err(LowerError::Start { program: name, source }),
@@ -77,6 +124,10 @@ pub fn run(command: &CommandLine, limit: Duration) -> Result<LowerOutput, LowerE
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(2));
     };
+    if !status.success() {
+        // It may have been killed and CRIU not: nobody may touch the processes while that is at work.
+        end_group(child.id() as i32, deadline);
+    }
     let output =
         |thread: Option<thread::JoinHandle<Vec<u8>>>| thread.and_then(|t| t.join().ok()).unwrap_or_default();
     let status = std::os::unix::process::ExitStatusExt::signal(&status)
@@ -97,6 +148,15 @@ mod tests {
         let out = run(&sh("echo a; echo b >&2; exit 3"), Duration::from_secs(10)).unwrap();
         assert_eq!(out, LowerOutput { status: 3, stdout: b"a\n".to_vec(), stderr: b"b\n".to_vec() });
         assert_eq!(run(&sh("kill -9 $$"), Duration::from_secs(10)).unwrap().status, 137);
+    }
+
+    #[test]
+    fn only_mounts_inside_the_folder_are_found_and_the_last_comes_first() {
+        let mountinfo = "1 0 8:1 / / rw - ext4 a rw\n2 1 8:1 /x /run/runc/c rw - ext4 a rw\n\
+                         3 1 8:1 /r /run/runc/c/criu-root rw - ext4 a rw\n4 3 0:9 / /run/runc/c/criu-root/dev rw - tmpfs t rw\n\
+                         5 1 8:1 /r /run/runc/cc/criu-root rw - ext4 a rw\n";
+        let below = mounts_below(Path::new("/run/runc/c"), mountinfo);
+        assert_eq!(below, ["/run/runc/c/criu-root/dev", "/run/runc/c/criu-root"].map(PathBuf::from));
     }
 
     #[test]

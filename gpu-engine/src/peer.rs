@@ -260,8 +260,8 @@ impl Library {
     }
 
     /// Every fd is held: the library lets go of the memory. After this the process is parked.
-    pub fn taken(self) -> Result<Timings> {
-        self.timeout(Duration::from_secs(60))?;
+    pub fn taken(self, limit: Duration) -> Result<Timings> {
+        self.timeout(limit)?;
         self.send(&Message::Taken, &[])?;
         match self.receive()?.0 {
             Message::Parked(t) => Ok(t),
@@ -279,8 +279,8 @@ impl Library {
     }
 
     /// Gives a parked process its memory back. `entries` must be all that were alive at park.
-    pub fn attach(self, entries: &[(Entry, RawFd)]) -> Result<Timings> {
-        self.timeout(Duration::from_secs(60))?;
+    pub fn attach(self, entries: &[(Entry, RawFd)], limit: Duration) -> Result<Timings> {
+        self.timeout(limit)?;
         self.send(&Message::Attach { handles: entries.len() as u64 }, &[])?;
         for batch in entries.chunks(MAX_FDS) {
             let (entries, fds): (Vec<_>, Vec<_>) = batch.iter().copied().unzip();

@@ -74,6 +74,16 @@ fn members(folder: &Path, into: &mut Vec<i32>) -> Result<(), ProcessError> {
     Ok(())
 }
 
+/// The processes whose parent is `pid`.
+pub fn children(pid: i32) -> Vec<i32> {
+    let mut found = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        found.extend(children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()));
+    }
+    found
+}
+
 /// `init` and its descendants, for containers that share their cgroup with others (rootless without delegation).
 fn descendants(init: i32) -> Vec<i32> {
     let mut found = vec![init];
@@ -81,11 +91,7 @@ fn descendants(init: i32) -> Vec<i32> {
     while next < found.len() {
         let pid = found[next];
         next += 1;
-        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for task in tasks.flatten() {
-            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            found.extend(children.split_whitespace().filter_map(|c| c.parse::<i32>().ok()));
-        }
+        found.extend(children(pid));
     }
     found
 }

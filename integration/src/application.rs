@@ -18,6 +18,9 @@ use tempfile::TempDir;
 
 use crate::tools;
 
+/// Longest any step of parking and attaching may take.
+const LIMIT: Duration = Duration::from_secs(10);
+
 /// `CUresult`.
 pub type Code = u32;
 
@@ -210,7 +213,7 @@ impl Application {
     /// The same with that of another process which shares the control folder.
     pub fn library_of(&self, pid: i32) -> Result<Library> {
         let control = self.control()?;
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + LIMIT;
         loop {
             if let Some(library) = Library::connect(&control, pid, pid)? {
                 return Ok(library);
@@ -236,7 +239,7 @@ impl Application {
     /// The same with another process.
     pub fn park_of(&self, pid: i32) -> Result<(Parked, Result<Timings>)> {
         let library = self.library_of(pid)?;
-        let update = library.park(0, Duration::from_secs(10), 0)?;
+        let update = library.park(0, LIMIT, 0)?;
         ensure!(
             update.live == update.added.len() as u64,
             "{} of {} entries",
@@ -244,7 +247,7 @@ impl Application {
             update.live
         );
         let entries = update.added.into_iter().map(|(e, fd)| (e.id, (e, fd))).collect();
-        Ok((Parked { entries }, library.taken().context("taken")))
+        Ok((Parked { entries }, library.taken(LIMIT).context("taken")))
     }
 
     /// Gives it back.
@@ -256,9 +259,9 @@ impl Application {
     pub fn attach_of(&self, pid: i32, parked: &Parked) -> Result<Timings> {
         let control = self.control()?;
         let listener = AttachListener::bind(&control)?;
-        let library = listener.accept(&[(pid, pid)], Instant::now() + Duration::from_secs(10))?;
+        let library = listener.accept(&[(pid, pid)], Instant::now() + LIMIT)?;
         let entries: Vec<_> = parked.entries.values().map(|(e, fd)| (*e, fd.as_raw_fd())).collect();
-        Ok(library.attach(&entries)?)
+        Ok(library.attach(&entries, LIMIT)?)
     }
 
     /// Parks and attaches; returns what was parked.

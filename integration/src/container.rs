@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +26,8 @@ pub struct Place {
     folder: tempfile::TempDir,
     /// Added to every command's environment.
     pub env: BTreeMap<String, OsString>,
+    /// The same for a while, where containers that live borrow the place.
+    overlay: Mutex<BTreeMap<String, OsString>>,
     /// The GPU that containers of the sample get.
     pub gpu: Gpu,
     containers: AtomicU32,
@@ -62,12 +65,19 @@ impl Place {
             _ => tools.program("libsimcuda.so"),
         };
         env.insert("PHOS_LIBCUDA".to_string(), libcuda.into());
-        Ok(Place { tools: tools.clone(), folder, env, gpu, containers: AtomicU32::new(0) })
+        let (overlay, containers) = (Mutex::default(), AtomicU32::new(0));
+        Ok(Place { tools: tools.clone(), folder, env, overlay, gpu, containers })
     }
 
     /// A path in the place.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
+    }
+
+    /// Replaces what is added to every command's environment beside `env`.
+    pub fn overlay<'a>(&self, variables: impl IntoIterator<Item = (&'a str, OsString)>) {
+        let mut overlay = self.overlay.lock().unwrap_or_else(|e| e.into_inner());
+        *overlay = variables.into_iter().map(|(name, value)| (name.to_string(), value)).collect();
     }
 
     /// The report of the last checkpoint or restore.
@@ -81,6 +91,7 @@ impl Place {
         let output = tempfile::tempfile_in(self.folder.path())?;
         let mut command = Command::new(program);
         command.args(words).envs(&self.env);
+        command.envs(self.overlay.lock().unwrap_or_else(|e| e.into_inner()).iter());
         let criu = self.tools.criu.parent().unwrap_or(Path::new("/"));
         command.env("PATH", format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", criu.display()));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -146,6 +157,11 @@ pub struct Container<'a> {
 impl Container<'_> {
     /// Runs a verb of the runtime on this container, whatever comes of it.
     pub fn try_verb(&self, verb: &str, flags: &[&str]) -> Result<Ended> {
+        self.try_verb_through(None, verb, flags)
+    }
+
+    /// The same, with the runtime as the child of a shell that takes it with it when it is killed, as engines' shims do.
+    pub fn try_verb_through(&self, shell: Option<&str>, verb: &str, flags: &[&str]) -> Result<Ended> {
         let root = self.place.path("root");
         let log = self.place.path(&format!("{}.log", self.id));
         let mut words =
@@ -153,7 +169,15 @@ impl Container<'_> {
         words.extend(["--log-format", "json", verb]);
         words.extend(flags);
         words.push(&self.id);
-        self.place.command(&self.runtime, &words, matches!(verb, "create" | "run" | "restore"))
+        let inherited = matches!(verb, "create" | "run" | "restore");
+        match shell {
+            Some(script) => {
+                let runtime = self.runtime.to_str().context("path")?;
+                let words = [&["-c", script, runtime], words.as_slice()].concat();
+                self.place.command(Path::new("/bin/sh"), &words, inherited)
+            }
+            None => self.place.command(&self.runtime, &words, inherited),
+        }
     }
 
     /// Runs a verb that must succeed.
@@ -187,7 +211,8 @@ impl Container<'_> {
         self.place.path(&format!("{}.{name}", self.id))
     }
 
-    fn image_flags(&self, name: &str) -> Result<Vec<String>> {
+    /// The flags that name an image folder of it.
+    pub fn image_flags(&self, name: &str) -> Result<Vec<String>> {
         let image = self.image(name).to_str().context("path")?.to_string();
         let work = format!("{image}.work");
         fs::create_dir_all(&work)?;

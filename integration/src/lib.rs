@@ -6,6 +6,7 @@ pub mod bundle;
 pub mod container;
 pub mod containerd;
 pub mod engine;
+pub mod faults;
 pub mod memory;
 pub mod processes;
 pub mod root;

@@ -64,3 +64,8 @@ impl Tools {
         self.built.join(name)
     }
 }
+
+/// What a program prints, for the record of a measurement.
+pub fn word(program: &str, args: &[&str]) -> Result<String> {
+    Ok(String::from_utf8(std::process::Command::new(program).args(args).output()?.stdout)?.trim().to_string())
+}

@@ -135,12 +135,12 @@ fn beside(preload: &str, by_preload: bool) -> Result<()> {
         let control = ControlDir::open(&control)?;
         let library = Library::connect(&control, pid, pid)?.context("the library listens")?;
         let update = library.park(0, limit, 0)?;
-        library.taken()?;
+        library.taken(Duration::from_secs(10))?;
         ensure!(!update.added.is_empty(), "nothing was parked");
         let listener = AttachListener::bind(&control)?;
         let library = listener.accept(&[(pid, pid)], Instant::now() + limit)?;
         let entries: Vec<_> = update.added.iter().map(|(e, fd)| (*e, fd.as_raw_fd())).collect();
-        library.attach(&entries)?;
+        library.attach(&entries, Duration::from_secs(10))?;
         status::check(&status::wait_for(&status_file, 3, limit)?)
     };
     let result = run();

@@ -9,9 +9,10 @@ use std::time::Duration;
 use std::{env, fs, io};
 
 use anyhow::{Context as _, Result, anyhow};
+use phos_engine::fault::{self, Moment};
 use phos_engine::image::Image;
 use phos_engine::job::{CheckpointJob, CheckpointReport};
-use phos_engine::keeper::{self, WorkerRole};
+use phos_engine::keeper::{self, Undo, WorkerRole};
 use phos_engine::processes;
 use phos_engine::service::{Client, ClientError, LowerOutput};
 use phos_hooks::{late, locate, plan};
@@ -19,6 +20,7 @@ use phos_hooks::{late, locate, plan};
 use crate::args::{Args, TRACE};
 use crate::config::{Config, find_criu};
 use crate::context::Context;
+use crate::lower::State;
 use crate::state::{StateDir, read_spec};
 use crate::{criu_log, log, progress, trace};
 
@@ -96,16 +98,17 @@ fn parent(args: &Args, image: &Path) -> Result<(Option<String>, Args)> {
 /// Finds the mounts that hooks have made, declares them to CRIU and adds them to what a restore will need.
 fn declare_late_mounts(
     spec: &mut serde_json::Value,
-    bundle: &Path,
-    pid: i32,
+    container: &State,
     state: &StateDir,
+    criu_timeout: u64,
 ) -> Result<()> {
+    let (bundle, pid) = (&container.bundle, container.pid);
     let read = |path: String| fs::read_to_string(&path).with_context(|| path);
     let inside = late::parse(&read(format!("/proc/{pid}/mountinfo"))?);
     let host = late::parse(&read("/proc/self/mountinfo".into())?);
     let root = locate::root_path(spec, bundle);
     let mounts = late::mounts(&inside, &host, spec, &fs::canonicalize(&root).unwrap_or(root));
-    state.write_criu_options(&late::criu_options(&mounts))?;
+    state.write_criu_options(criu_timeout, &late::criu_options(&mounts))?;
     late::remember(spec, &mounts, |path| {
         let meta = fs::metadata(path).ok().filter(|m| m.file_type().is_char_device())?;
         Some((nix::sys::stat::major(meta.rdev()), nix::sys::stat::minor(meta.rdev())))
@@ -145,44 +148,66 @@ pub fn run(run: &Context) -> Result<i32> {
     }
     let image = image_path(run)?;
     let (parent, lower_args) = parent(args, &image)?;
-    // A container that was created by another runtime gets a folder for the time of the checkpoint.
-    let own_state = state.exists();
-    if !own_state {
-        state.create()?;
-    }
+    let asked = Asked { image, parent, lower_args };
     let lock = state.lock()?;
-    let criu_version = prepare_environment(run, &state)?;
-    let mut effective_spec = effective_spec(&state, &container.bundle);
-    declare_late_mounts(&mut effective_spec, &container.bundle, container.pid, &state)?;
+    // A container that was created by another runtime gets a folder for the time of the checkpoint.
+    let own_state = state.is_own();
+    if !own_state {
+        state.borrow()?;
+    }
+    let result = with_state(run, &state, own_state, &container, asked, &lock);
+    if !own_state {
+        state.remove();
+    }
+    result
+}
+
+/// What a checkpoint command asks for.
+struct Asked {
+    image: PathBuf,
+    parent: Option<String>,
+    lower_args: Args,
+}
+
+fn with_state(
+    run: &Context,
+    state: &StateDir,
+    own_state: bool,
+    container: &State,
+    asked: Asked,
+    lock: &File,
+) -> Result<i32> {
+    let args = &run.args;
+    let id = args.id().unwrap_or_default();
+    let criu_version = prepare_environment(run, state)?;
+    let mut effective_spec = effective_spec(state, &container.bundle);
+    let timeouts = run.config.timeouts();
+    declare_late_mounts(&mut effective_spec, container, state, timeouts.lower_ms / 1000)?;
     let library = run.config.library();
     let own_pid = std::process::id() as i32;
     let job = CheckpointJob {
         container: id.to_string(),
         control_dir: state.control_dir(),
         init_pid: container.pid,
-        image,
+        image: asked.image,
         leave_running: args.switch("leave-running") || args.switch("pre-dump"),
         pre_dump: args.switch("pre-dump"),
-        parent,
+        parent: asked.parent,
         frozen: container.status == "paused",
-        lower_checkpoint: run.lower.verbatim(&lower_args),
+        lower_checkpoint: run.lower.verbatim(&asked.lower_args),
         lower_pause: run.lower.command_line(args, &["pause", id]),
         lower_resume: run.lower.command_line(args, &["resume", id]),
         lower_state: run.lower.command_line(args, &["state", id]),
         asked_by: processes::describe(own_pid).map_or((own_pid, 0), |p| (own_pid, p.start_time)),
         strategy: run.config.strategy(annotation(&effective_spec, "phos.strategy"))?,
         compression: run.config.compression(annotation(&effective_spec, "phos.compression"))?,
-        timeouts: run.config.timeouts(),
+        timeouts,
         effective_spec,
         library: (own_state && library.exists()).then_some(library),
         lower_version: run.lower.version(),
         criu_version,
     };
-    let result = carry_out(&state, &job, &lock);
-    if !own_state {
-        state.remove();
-    }
-    let (result, lower) = result?;
+    let (result, lower) = carry_out(state, &job, lock)?;
     if lower.status != 0
         && let Some(cause) = criu_log::cause(args, "dump")
     {
@@ -195,6 +220,11 @@ pub fn run(run: &Context) -> Result<i32> {
     match result {
         Ok(report) => {
             report.warnings.iter().for_each(|w| log::warn(args, w));
+            // The image is all there is of the container now. An error status would have engines throw it away.
+            if let Some(lost) = &report.lost {
+                log::warn(args, lost);
+                eprintln!("{lost}");
+            }
             let text = serde_json::to_string(&report)?;
             log::debug(args, &format!("checkpoint report: {text}"));
             if let Some(path) = env::var_os("PHOS_REPORT") {
@@ -217,16 +247,17 @@ fn carry_out(
     job: &CheckpointJob,
     lock: &File,
 ) -> Result<(Result<CheckpointReport>, LowerOutput)> {
-    let keeper = keeper::start(WorkerRole::Checkpoint, &state.path, lock.as_fd())?;
-    let socket = keeper.socket.clone();
+    let mut keeper = keeper::start(WorkerRole::Checkpoint, &state.path, lock.as_fd(), &Undo::default())?;
     let answer = block_on(async {
-        let client = Client::connect(&socket, START).await?;
+        let client = Client::connect(&keeper, START).await?;
+        fault::at(Moment::Connected)?;
         tokio::select! {
             answer = client.checkpoint(job) => Ok(answer?),
             never = progress::show(client.clone()) => match never {},
         }
     });
     progress::clear();
+    fault::at(Moment::Answered)?;
     match answer {
         Ok((result, lower)) => {
             let result = result.map_err(|e| match e {
@@ -234,6 +265,10 @@ fn carry_out(
                 gone => gone.into(),
             });
             Ok((result, lower))
+        }
+        // Nothing was asked of a worker that cannot be reached.
+        Err(e) if e.downcast_ref::<ClientError>().is_none_or(|e| matches!(e, ClientError::NeverCame(_))) => {
+            Err(e)
         }
         Err(e) => match keeper.outcome() {
             // The worker is gone; the keeper has put the container right and says how it stands.

@@ -36,8 +36,16 @@ pub struct Config {
     pub compression: Option<String>,
     /// Seconds the GPU may take to finish its work before a checkpoint.
     pub drain_timeout: Option<u64>,
-    /// Seconds the lower runtime's checkpoint may take.
+    /// Seconds the lower runtime's checkpoint or restore may take.
     pub criu_timeout: Option<u64>,
+    /// Seconds the driver may take to lock a process.
+    pub lock_timeout: Option<u64>,
+    /// Seconds one call into the driver about a process may take.
+    pub driver_timeout: Option<u64>,
+    /// Seconds a process may take to come back and be attached.
+    pub attach_timeout: Option<u64>,
+    /// Seconds a job may stand still for any other reason.
+    pub stall_timeout: Option<u64>,
 }
 
 impl Config {
@@ -127,11 +135,17 @@ impl Config {
     /// Limits on waiting.
     pub fn timeouts(&self) -> Timeouts {
         let mut t = Timeouts::default();
-        if let Some(s) = self.drain_timeout {
-            t.drain_ms = s.saturating_mul(1000);
-        }
-        if let Some(s) = self.criu_timeout {
-            t.lower_ms = s.saturating_mul(1000);
+        for (from, to) in [
+            (self.drain_timeout, &mut t.drain_ms),
+            (self.criu_timeout, &mut t.lower_ms),
+            (self.lock_timeout, &mut t.lock_ms),
+            (self.driver_timeout, &mut t.driver_ms),
+            (self.attach_timeout, &mut t.attach_ms),
+            (self.stall_timeout, &mut t.stall_ms),
+        ] {
+            if let Some(seconds) = from {
+                *to = seconds.saturating_mul(1000);
+            }
         }
         t
     }

@@ -2,13 +2,18 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use phos_engine::lower;
 use phos_hooks::{Host, detect, inject, plan};
 
 use crate::context::Context as Run;
 use crate::log;
-use crate::state::{StateDir, read_spec, write_spec};
+use crate::state::{StateDir, lower_folder, read_spec, write_spec};
+
+/// How long a job may take to end whose container is gone.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The bundle a command line names.
 pub fn bundle(run: &Run) -> Result<PathBuf> {
@@ -44,6 +49,8 @@ fn prepare(run: &Run, id: &str) -> Result<Option<StateDir>> {
         return Ok(None);
     }
     plan::apply(&mut spec, &injection.edits);
+    // Of a container that is gone another job may still hold it for a moment.
+    let _lock = state.lock_within(PATIENCE)?;
     state.create()?;
     state.save_spec(&spec)?;
     write_spec(&bundle, &spec).inspect_err(|_| state.remove())?;
@@ -69,15 +76,23 @@ pub fn run(run: &Run) -> Result<i32> {
     Err(run.lower.exec(&run.args))
 }
 
-/// `delete`.
+/// `delete`. Deleting ends a checkpoint or restore that is under way, which then has to put away what it has made.
 pub fn delete(run: &Run) -> Result<i32> {
     let Some(id) = run.args.id() else { return Err(run.lower.exec(&run.args)) };
     let state = StateDir::of(&run.args, &run.config, id)?;
     if !state.exists() {
         return Err(run.lower.exec(&run.args));
     }
+    if !(run.args.switch("force") || run.args.switch("f")) {
+        // Not before a job is at its end: the lower runtime would take the container's state away under its hands.
+        let _lock = state.lock_within(PATIENCE)?;
+    }
+    if run.args.switch("force") || run.args.switch("f") {
+        lower::release(&lower_folder(&run.args, id));
+    }
     let status = run.lower.run(&run.args)?;
     if status == 0 {
+        let _lock = state.lock_within(PATIENCE)?;
         state.remove();
     }
     Ok(status)

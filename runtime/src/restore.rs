@@ -1,17 +1,22 @@
 //! `restore`: the GPU's memory is loaded while the lower runtime rebuilds the processes.
 
-use std::os::fd::AsFd;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, anyhow, bail};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use phos_engine::device::cuda::LIBCUDA_ENV;
+use phos_engine::fault::{self, Moment};
 use phos_engine::image::Image;
 use phos_engine::job::{RestoreJob, RestoreReport};
-use phos_engine::keeper::{self, WorkerRole};
-use phos_engine::service::Client;
+use phos_engine::keeper::{self, Undo, WorkerRole};
+use phos_engine::lower;
+use phos_engine::service::{Client, ClientError};
 use phos_hooks::{Mode, again, detect, inject_as, late, merge, plan};
 use serde_json::Value;
 
@@ -19,47 +24,49 @@ use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
-use crate::state::{StateDir, read_spec, write_spec};
+use crate::state::{StateDir, lower_folder, read_spec, write_spec};
 use crate::{criu_log, log, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
 const START: Duration = Duration::from_secs(20);
+
+/// Exit statuses from here on are those of programs that a signal has ended.
+const KILLED: i32 = 128;
 
 /// `restore`.
 pub fn run(run: &Context) -> Result<i32> {
     let args = &run.args;
     let Some(id) = args.id() else { return Err(run.lower.exec(args)) };
     let image = image_path(run)?;
-    if !Image::exists(&image) {
+    if !Image::exists(&image) && !Image::is_interrupted(&image) {
         // No GPU image: the lower runtime's own, or none at all, which it says itself.
         return Err(run.lower.exec(args));
     }
     let opened = Image::open_complete(&image)?;
     let state = StateDir::of(args, &run.config, id)?;
+    let lock = state.lock()?;
     if run.lower.state(args, id)?.is_some() {
         bail!("container with id exists: {id}");
     }
-    if state.exists() {
-        // Left over from a container that is gone, unless another restore is making it now.
-        state.lock()?;
-    }
+    // Whatever is there is left over from a container that is gone.
     state.create()?;
-    let result = with_state(run, &state, &opened, &image);
+    let result = with_state(run, &state, &lock, &opened, &image);
     if !matches!(result, Ok(0)) {
         state.remove();
     }
     result
 }
 
-fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Result<i32> {
-    let lock = state.lock()?;
+fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path: &Path) -> Result<i32> {
+    let timeouts = run.config.timeouts();
+    let options = late::restore_options(&image.manifest.effective_spec);
+    state.write_criu_options(timeouts.lower_ms / 1000, &options)?;
     prepare_environment(run, state)?;
     let bundle = bundle(run)?;
     let mut spec = read_spec(&bundle)?;
     let before = spec.clone();
     let effective = effective_spec(run, image, &spec)?;
     merge::merge(&mut spec, &effective);
-    state.write_criu_options(&late::restore_options(&image.manifest.effective_spec))?;
     let host = host(run, state)?;
     let mode = detect::injected(&image.manifest.effective_spec);
     let injection = inject_as(mode, &spec, &bundle, &host);
@@ -79,18 +86,39 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
         container: run.args.id().unwrap_or_default().to_string(),
         control_dir: state.control_dir(),
         image: path.to_path_buf(),
-        timeouts: run.config.timeouts(),
+        timeouts,
         library: Some(host.library),
     };
-    let keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd())?;
-    let socket = keeper.socket.clone();
+    let undo = Undo {
+        folder: lower_folder(&run.args, &job.container),
+        delete: run.lower.command_line(&run.args, &["delete", "--force", &job.container]),
+    };
+    let mut keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd(), &undo)?;
     let result = block_on(async {
-        let client = Client::connect(&socket, START).await?;
+        let client = Client::connect(&keeper, START).await?;
+        fault::at(Moment::Connected)?;
         client.restore(&job).await?;
-        rebuild(run, &client).await
+        rebuild(run, &client, keeper.alive(), Duration::from_millis(timeouts.lower_ms)).await
     });
+    // A worker that is gone could not say why; its keeper can.
+    let result = match result {
+        Err(e) if matches!(e.downcast_ref(), Some(ClientError::Gone(_))) => match keeper.outcome() {
+            Some(outcome) if !outcome.error.is_empty() => Err(anyhow!(outcome.error)),
+            _ => Err(e),
+        },
+        other => other,
+    };
+    if let Ok((status, None)) = &result
+        && *status >= KILLED
+    {
+        // The lower runtime was killed. What it has started may be at work still, and must not meet a second attempt.
+        keeper.clean_up();
+    }
     match result {
         Ok((status, report)) => {
+            if report.is_none() && spec != before {
+                let _ = write_spec(&bundle, &before);
+            }
             if report.is_none()
                 && let Some(cause) = criu_log::cause(&run.args, "restore")
             {
@@ -141,25 +169,50 @@ fn effective_spec(run: &Context, image: &Image, spec: &Value) -> Result<Value> {
     Ok(effective)
 }
 
-/// Runs the lower runtime's restore, attaches the GPU, and waits for whatever the lower runtime waits for.
-async fn rebuild(run: &Context, client: &Client) -> Result<(i32, Option<RestoreReport>)> {
+/// Runs the lower runtime's restore, attaches the GPU, and waits for whatever the lower runtime waits for. All that is at work
+/// holds `alive` meanwhile.
+async fn rebuild(
+    run: &Context,
+    client: &Client,
+    alive: Option<BorrowedFd<'_>>,
+    limit: Duration,
+) -> Result<(i32, Option<RestoreReport>)> {
     let args = &run.args;
-    let mut child = run
-        .lower
-        .program()
-        .args(&args.without(TRACE).all)
-        .stdin(Stdio::inherit())
-        .spawn()
-        .with_context(|| format!("cannot run {}", run.lower.path.display()))?;
     let id = args.id().unwrap_or_default();
-    let pid = match wait_for_init(run, &mut child, id)? {
-        Ok(pid) => pid,
-        // It failed, and has said why.
-        Err(status) => return Ok((status, None)),
+    let mut command = run.lower.program();
+    command.args(&args.without(TRACE).all).stdin(Stdio::inherit());
+    if let Some(alive) = alive.map(|fd| fd.as_raw_fd()) {
+        // SAFETY: between fork and exec only an async-signal-safe call is made: fcntl, on an fd that is open until then.
+        unsafe {
+            command.pre_exec(move || {
+                fcntl(BorrowedFd::borrow_raw(alive), FcntlArg::F_SETFD(FdFlag::empty()))?;
+                Ok(())
+            });
+        }
+    }
+    let mut child = command.spawn().with_context(|| format!("cannot run {}", run.lower.path.display()))?;
+    let give_up = |child: &mut Child| {
+        // A program without its GPU memory must not run.
+        lower::release(&lower_folder(args, id));
+        run.lower.quietly(args, &["delete", "--force", id]);
+        let _ = child.wait();
     };
-    let attached = tokio::select! {
-        attached = client.attach(pid) => attached,
-        never = progress::show(client.clone()) => match never {},
+    let pid = match wait_for_init(run, &mut child, id, limit) {
+        Ok(Ok(pid)) => pid,
+        // It failed, and has said why.
+        Ok(Err(status)) => return Ok((status, None)),
+        Err(e) => {
+            let _ = child.kill();
+            give_up(&mut child);
+            return Err(e);
+        }
+    };
+    let attached = match fault::at(Moment::Rebuilt) {
+        Ok(()) => tokio::select! {
+            attached = client.attach(pid) => attached.map_err(anyhow::Error::from),
+            never = progress::show(client.clone()) => match never {},
+        },
+        Err(e) => Err(e.into()),
     };
     progress::clear();
     match attached {
@@ -168,10 +221,8 @@ async fn rebuild(run: &Context, client: &Client) -> Result<(i32, Option<RestoreR
             Ok((status, Some(report)))
         }
         Err(e) => {
-            // A program without its GPU memory must not run.
-            run.lower.quietly(args, &["delete", "--force", id]);
-            let _ = child.wait();
-            Err(anyhow!(e))
+            give_up(&mut child);
+            Err(e)
         }
     }
 }
@@ -181,30 +232,38 @@ fn detached(run: &Context) -> bool {
 }
 
 /// Waits until the lower runtime has rebuilt the container. `Ok(Err(status))`: it ended without doing so.
-fn wait_for_init(run: &Context, child: &mut Child, id: &str) -> Result<std::result::Result<i32, i32>> {
-    if detached(run) {
-        let status = child.wait()?;
-        if !status.success() {
-            return Ok(Err(status.code().unwrap_or(255)));
-        }
-        return match run.lower.state(&run.args, id)?.filter(|c| c.pid > 0) {
-            Some(container) => Ok(Ok(container.pid)),
-            None => bail!("the restored container ended before its GPU state was back"),
-        };
-    }
-    let deadline = Instant::now() + Duration::from_secs(600);
+fn wait_for_init(
+    run: &Context,
+    child: &mut Child,
+    id: &str,
+    limit: Duration,
+) -> Result<std::result::Result<i32, i32>> {
+    fault::at(Moment::LowerStarted)?;
+    let deadline = Instant::now() + limit;
     loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(Err(status.code().unwrap_or(255)));
+        let ended = child.try_wait()?;
+        if let Some(status) = ended.filter(|s| !detached(run) || !s.success()) {
+            return Ok(Err(status.code().unwrap_or_else(|| KILLED + status.signal().unwrap_or(0))));
         }
-        if let Some(container) =
-            run.lower.state(&run.args, id)?.filter(|c| c.status == "running" && c.pid > 0)
-        {
-            return Ok(Ok(container.pid));
+        if ended.is_some() || !detached(run) {
+            let container = run.lower.state(&run.args, id)?.filter(|c| c.pid > 0);
+            match container {
+                Some(c) if ended.is_some() || c.status == "running" => {
+                    if c.status == "paused" {
+                        // In the freezer of an earlier attempt that was killed. A frozen process cannot run the driver's part.
+                        run.lower.quietly(&run.args, &["resume", id]);
+                    }
+                    return Ok(Ok(c.pid));
+                }
+                None if ended.is_some() => {
+                    bail!("the restored container ended before its GPU state was back")
+                }
+                _ => {}
+            }
         }
         if Instant::now() > deadline {
-            bail!("the lower runtime did not rebuild the container within 600 s");
+            bail!("the lower runtime did not rebuild the container within {} s", limit.as_secs());
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(if detached(run) { 1 } else { 5 }));
     }
 }

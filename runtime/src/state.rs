@@ -3,11 +3,14 @@
 use std::fs::{self, DirBuilder, File};
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
+use phos_engine::keeper::{BORROWED, lock_file};
 use phos_protocol::paths;
 use serde_json::Value;
 
@@ -27,6 +30,11 @@ pub fn valid_id(id: &str) -> bool {
 fn root(args: &Args) -> PathBuf {
     let default = || PathBuf::from("/run/runc");
     args.global.get("root").filter(|r| !r.is_empty()).map_or_else(default, PathBuf::from)
+}
+
+/// The lower runtime's own folder of container `id`.
+pub fn lower_folder(args: &Args, id: &str) -> PathBuf {
+    root(args).join(id)
 }
 
 /// FNV-1a: stable, and only needs to tell a handful of roots apart.
@@ -56,6 +64,18 @@ impl StateDir {
         self.path.is_dir()
     }
 
+    /// Whether the container was created by phos-runc.
+    pub fn is_own(&self) -> bool {
+        self.exists() && !self.path.join(BORROWED).exists()
+    }
+
+    /// Makes the folder for a container that was not, for the time of one checkpoint.
+    pub fn borrow(&self) -> Result<()> {
+        self.create()?;
+        let mark = self.path.join(BORROWED);
+        fs::write(&mark, "").with_context(|| mark.display().to_string())
+    }
+
     /// What the container sees as `/run/phos`.
     pub fn control_dir(&self) -> PathBuf {
         self.path.join("ctl")
@@ -71,9 +91,9 @@ impl StateDir {
         self.path.join("criu.conf")
     }
 
-    /// Makes the folder anew.
+    /// Makes the folder anew. Hold the lock meanwhile.
     pub fn create(&self) -> Result<()> {
-        self.remove();
+        self.remove_folder();
         let context = || format!("cannot make the state folder {}", self.path.display());
         DirBuilder::new().recursive(true).mode(0o700).create(&self.path).with_context(context)?;
         let control = self.control_dir();
@@ -86,21 +106,25 @@ impl StateDir {
             }
         }
         fs::create_dir(self.no_plugins()).with_context(context)?;
-        self.write_criu_options("")?;
         // Processes of any user of the container listen here; none may remove another's socket.
         fs::set_permissions(&control, fs::Permissions::from_mode(0o1777)).with_context(context)
     }
 
-    /// Writes the options for CRIU, `more` among them, one a line.
-    pub fn write_criu_options(&self, more: &str) -> Result<()> {
+    /// Writes the options for CRIU: `timeout` in seconds, and `more`, one a line.
+    pub fn write_criu_options(&self, timeout: u64, more: &str) -> Result<()> {
         let path = self.criu_options();
         // CRIU gives up after 10 s by default, which a large process on a slow disk can take.
-        fs::write(&path, format!("timeout 600\n{more}")).with_context(|| path.display().to_string())
+        fs::write(&path, format!("timeout {timeout}\n{more}")).with_context(|| path.display().to_string())
     }
 
-    /// Removes the folder, if it exists.
-    pub fn remove(&self) {
+    fn remove_folder(&self) {
         let _ = fs::remove_dir_all(&self.path);
+    }
+
+    /// Removes everything there is of the container. Only whoever holds the lock may: it goes too.
+    pub fn remove(&self) {
+        self.remove_folder();
+        let _ = fs::remove_file(lock_file(&self.path));
     }
 
     /// Remembers the configuration the container really runs with.
@@ -118,21 +142,45 @@ impl StateDir {
         serde_json::from_slice(&fs::read(self.path.join("effective-spec.json")).ok()?).ok()
     }
 
-    /// Held for the time of a checkpoint or restore: there is one at a time for each container.
+    /// Held for the time of a checkpoint, restore or anything else that changes the folder: there is one at a time for each
+    /// container.
     pub fn lock(&self) -> Result<Flock<File>> {
-        let path = self.path.join("lock");
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| path.display().to_string())?;
-        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| {
-            anyhow::anyhow!(
-                "another checkpoint or restore of this container is under way: wait for it to end"
-            )
-        })
+        self.lock_within(Duration::ZERO)
+    }
+
+    /// The same; waits for whoever holds it.
+    pub fn lock_within(&self, patience: Duration) -> Result<Flock<File>> {
+        let path = lock_file(&self.path);
+        let context = || path.display().to_string();
+        if let Some(folder) = path.parent() {
+            DirBuilder::new().recursive(true).mode(0o700).create(folder).with_context(context)?;
+        }
+        let deadline = Instant::now() + patience;
+        loop {
+            let file = File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(&path)
+                .with_context(context)?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                // Whoever had it may have removed the file: then this is the lock of nothing.
+                Ok(lock) if same_file(&lock, &path) => return Ok(lock),
+                Ok(_) => {}
+                Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
+                Err(_) => {
+                    bail!("another checkpoint or restore of this container is under way: wait for it to end")
+                }
+            }
+        }
+    }
+}
+
+fn same_file(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::metadata(path)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
     }
 }
 
@@ -193,8 +241,15 @@ mod tests {
         let held = state.lock().unwrap();
         assert!(state.lock().unwrap_err().to_string().contains("under way"));
         drop(held);
-        state.lock().unwrap();
+        // A lock that was waited for while its file was removed is not taken for the new one's.
+        let held = state.lock().unwrap();
+        let waiting = state.clone();
+        let waiter = thread::spawn(move || waiting.lock_within(Duration::from_secs(10)).unwrap());
+        thread::sleep(Duration::from_millis(20));
         state.remove();
+        drop(held);
+        let _other = waiter.join().unwrap();
+        assert!(state.lock().is_err());
         assert!(!state.exists());
     }
 }

@@ -226,8 +226,7 @@ pub fn park(connection: &Connection, since: u64, patience: Duration, flags: u32)
     if flags & PARK_PREFAULT != 0 {
         prefault::arm();
     }
-    if let Err((status, address)) = let_go(&mut table) {
-        let text = format!("cuMemUnmap of {address:#x} failed with CUDA error {status}");
+    if let Err(text) = let_go(&mut table) {
         return Err(match map_again(&mut table) {
             Ok(()) => {
                 raise_stacks(&mut table);
@@ -285,13 +284,21 @@ fn raise_stacks(table: &mut Table) {
     unsafe { (api().ctx_set)(std::ptr::null_mut()) };
 }
 
-/// Unmaps everything, up to the first failure: its status and address.
-fn let_go(table: &mut Table) -> Result<(), (Status, u64)> {
+/// Unmaps everything and releases every handle, up to the first failure; says what failed. Memory that this process goes on
+/// holding would make the driver's restore fail for good.
+fn let_go(table: &mut Table) -> Result<(), String> {
     for (address, mapping) in table.mappings.iter_mut().filter(|(_, m)| m.present) {
         // SAFETY: mapped by this process, and no work is running that could use it.
         match unsafe { (api().unmap)(*address, mapping.len) } {
             SUCCESS => mapping.present = false,
-            status => return Err((status, *address)),
+            status => return Err(format!("cuMemUnmap of {address:#x} failed with CUDA error {status}")),
+        }
+    }
+    for physical in table.physical.values_mut().filter(|p| p.handle != 0) {
+        // SAFETY: the table holds the only reference to the driver's handle.
+        match unsafe { (api().release)(physical.handle) } {
+            SUCCESS => physical.handle = 0,
+            status => return Err(format!("cuMemRelease failed with CUDA error {status}")),
         }
     }
     Ok(())
@@ -399,9 +406,10 @@ fn map_again(table: &mut Table) -> Result<(), Failure> {
         }
     }
     for physical in table.physical.values_mut().filter(|p| p.references == 0) {
-        // SAFETY: imported above; the mappings keep the memory.
-        unsafe { (api().release)(physical.handle) };
-        physical.handle = 0;
+        // SAFETY: imported above; the mappings keep the memory. A handle that stays is released when the process parks again.
+        if unsafe { (api().release)(physical.handle) } == SUCCESS {
+            physical.handle = 0;
+        }
     }
     Ok(())
 }

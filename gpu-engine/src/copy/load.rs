@@ -17,7 +17,7 @@ use super::scan::{Addresses, Scanner};
 use crate::device::{Device, GpuId, Pinned, Region, Stream};
 use crate::error::EngineError;
 use crate::image::{CHUNK, Extent, Image, Location, Unpacker};
-use crate::progress::Progress;
+use crate::progress::{Progress, State};
 
 /// Name of the loading in timelines.
 const TRACK: &str = "copy";
@@ -45,7 +45,7 @@ pub fn load(
 ) -> Result<Duration, EngineError> {
     let begin = Instant::now();
     let bytes = image.manifest.gpu_bytes();
-    progress.step("load", bytes);
+    progress.step(State::Load, bytes)?;
     let threads = tuning.lanes.max(1).min(bytes.div_ceil(tuning.piece as u64) as usize);
     let panicked = |_| Err(EngineError::Order("a load thread panicked"));
     let failed = AtomicBool::new(false);

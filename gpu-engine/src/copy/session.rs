@@ -10,7 +10,7 @@ use super::spare::Spare;
 use crate::device::{Device, DeviceError, GpuId};
 use crate::error::EngineError;
 use crate::image::{CHUNK, Sink};
-use crate::progress::Progress;
+use crate::progress::{Progress, State};
 
 /// Name of the copying in timelines.
 const TRACK: &str = "copy";
@@ -95,7 +95,7 @@ impl<'a, S: Sink> Session<'a, S> {
 
     /// Copies chunks while the program runs. Returns the bytes copied and the time it took.
     pub fn round(&mut self, chunks: &[ChunkRef]) -> Result<(u64, Duration), EngineError> {
-        self.progress.step("pre-copy", bytes(chunks));
+        self.progress.step(State::Precopy, bytes(chunks))?;
         let begin = Instant::now();
         let time = self.lanes.copy(&self.sink, &mut self.ledger, chunks, self.progress)?;
         self.progress.span("pre-copy", TRACK, begin, time);
@@ -142,7 +142,7 @@ impl<'a, S: Sink> Session<'a, S> {
     /// Copies what is in spare memory to the sink, while the program runs again.
     pub fn drain(&mut self) -> Result<Duration, EngineError> {
         let (chunks, _) = self.spare.batches(1);
-        self.progress.step("copy", bytes(&chunks));
+        self.progress.step(State::Copy, bytes(&chunks))?;
         let begin = Instant::now();
         let time = self.lanes.copy_spare(&self.sink, &mut self.ledger, &self.spare, self.progress)?;
         self.progress.span("drain", TRACK, begin, time);

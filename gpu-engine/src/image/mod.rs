@@ -45,6 +45,8 @@ pub use writer::{ImageWriter, Sink};
 pub const MANIFEST: &str = "phos.json";
 /// The chunk table's name.
 pub const INDEX: &str = "phos-chunks.idx";
+/// CRIU's inventory: the CPU's side of a checkpoint is complete when it is there.
+pub const INVENTORY: &str = "inventory.img";
 /// Version of the format that is written and read.
 pub const VERSION: u32 = 1;
 
@@ -114,6 +116,9 @@ pub enum ImageError {
     /// A pre-dump, which has nothing of the CPU side and was written while the program ran.
     #[error("image {0} is a pre-dump: restore from the checkpoint that was made with --parent-path on it")]
     PreDump(PathBuf),
+    /// Its checkpoint was ended before it was complete.
+    #[error("image {0} is not complete, its checkpoint was interrupted: restore from another one")]
+    Interrupted(PathBuf),
     /// A file is not what the manifest says.
     #[error("image file {path} is damaged: {what}")]
     Damaged {

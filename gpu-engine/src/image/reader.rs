@@ -9,9 +9,10 @@ use super::chunks::{ChunkTable, FileKind};
 use super::manifest::MAX_BYTES;
 use super::writer::hex;
 use super::{
-    Allocation, CHUNK, Codec, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, INDEX, ImageError,
-    Location, MANIFEST, Manifest, Saved, Unpacker, VERSION,
+    Allocation, CHUNK, Codec, Digest, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, INDEX, INVENTORY,
+    ImageError, Location, MANIFEST, Manifest, Saved, Unpacker, VERSION, data_file,
 };
+use crate::fault::{self, Access};
 
 /// Longest chain of images that build on each other.
 const LONGEST_CHAIN: usize = 64;
@@ -54,11 +55,13 @@ pub struct Extent {
 
 /// Opens a regular file, whatever the folder's owner may have put in its place.
 fn open(path: &Path) -> Result<(File, u64), ImageError> {
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
-        .open(path)
-        .map_err(|e| ImageError::io(path, e))?;
+    let opened = fault::io(Access::Open).and_then(|()| {
+        File::options()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC | libc::O_NONBLOCK)
+            .open(path)
+    });
+    let file = opened.map_err(|e| ImageError::io(path, e))?;
     let meta = file.metadata().map_err(|e| ImageError::io(path, e))?;
     if !meta.is_file() {
         return Err(ImageError::Damaged { path: path.into(), what: "it is not a regular file".into() });
@@ -69,7 +72,9 @@ fn open(path: &Path) -> Result<(File, u64), ImageError> {
 /// Reads a whole file of a length that is known to be sane.
 fn slurp(mut file: File, len: u64, path: &Path) -> Result<Vec<u8>, ImageError> {
     let mut bytes = Vec::with_capacity(len as usize);
-    (&mut file).take(len).read_to_end(&mut bytes).map_err(|e| ImageError::io(path, e))?;
+    fault::io(Access::ReadTable)
+        .and_then(|()| (&mut file).take(len).read_to_end(&mut bytes))
+        .map_err(|e| ImageError::io(path, e))?;
     if bytes.len() as u64 != len {
         return Err(ImageError::Damaged { path: path.into(), what: "it changed while it was read".into() });
     }
@@ -87,12 +92,24 @@ impl Image {
         Self::open_chain(folder, LONGEST_CHAIN)
     }
 
-    /// Opens an image that is to be restored: a pre-dump is refused.
+    /// Whether `folder` holds what a checkpoint leaves that was interrupted before it wrote its manifest.
+    pub fn is_interrupted(folder: &Path) -> bool {
+        !Self::exists(folder) && folder.join(data_file(0)).symlink_metadata().is_ok()
+    }
+
+    /// Opens an image that is to be restored: a pre-dump is refused, and one that lacks the CPU's side.
     pub fn open_complete(folder: &Path) -> Result<Self, ImageError> {
+        if Self::is_interrupted(folder) {
+            return Err(ImageError::Interrupted(folder.into()));
+        }
         let image = Self::open(folder)?;
-        match image.manifest.is_pre_dump() {
-            true => Err(ImageError::PreDump(folder.into())),
-            false => Ok(image),
+        if image.manifest.is_pre_dump() {
+            return Err(ImageError::PreDump(folder.into()));
+        }
+        // CRIU writes it last.
+        match folder.join(INVENTORY).is_file() {
+            true => Ok(image),
+            false => Err(ImageError::Interrupted(folder.into())),
         }
     }
 
@@ -217,7 +234,11 @@ impl Image {
             return Ok(());
         };
         let DataFile { file, path, codec, .. } = &self.files[file as usize];
-        let read = |into: &mut [u8], at| file.read_exact_at(into, at).map_err(|e| ImageError::io(path, e));
+        let read = |into: &mut [u8], at| {
+            fault::io(Access::ReadData)
+                .and_then(|()| file.read_exact_at(into, at))
+                .map_err(|e| ImageError::io(path, e))
+        };
         if packed == 0 {
             return read(into, offset);
         }

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,6 +19,7 @@ use super::{
     CHUNK, Codec, Digest, FileEntry, INDEX, ImageError, IndexEntry, Location, MANIFEST, Manifest, Packer,
     ZSTD_LEVEL, data_file,
 };
+use crate::fault::{self, Access};
 
 /// An image being written. Dropped before [`ImageWriter::commit`], it removes the files it made.
 #[derive(Debug)]
@@ -52,20 +53,22 @@ pub trait Sink: Sync {
     ) -> Result<(), ImageError>;
 }
 
-fn create(path: &Path) -> Result<File, ImageError> {
-    File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
-        .open(path)
-        .map_err(|e| ImageError::io(path, e))
+fn create(path: &Path, access: Access) -> Result<File, ImageError> {
+    let made = fault::io(access).and_then(|()| {
+        File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_CLOEXEC)
+            .open(path)
+    });
+    made.map_err(|e| ImageError::io(path, e))
 }
 
 impl DataFile {
     fn create(path: PathBuf, codec: Codec) -> Result<Self, ImageError> {
-        let file = create(&path)?;
+        let file = create(&path, Access::CreateData)?;
         let packer = Packer::new(codec, ZSTD_LEVEL).transpose().map_err(|e| ImageError::io(&path, e))?;
         // Past the page cache where the file system takes that: the bytes are written once and not read soon, and
         // memory is what the application needs. On tmpfs the page cache is the storage.
@@ -76,7 +79,7 @@ impl DataFile {
     }
 
     fn write(&self, data: &[u8], offset: u64) -> Result<(), ImageError> {
-        let written = match self.file.write_all_at(data, offset) {
+        let written = match fault::io(Access::WriteData).and_then(|()| self.file.write_all_at(data, offset)) {
             // A file system with stricter rules of alignment than pages, or a buffer of other origin.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) && set_direct(&self.file, false) => {
                 self.file.write_all_at(data, offset)
@@ -112,7 +115,11 @@ impl ImageWriter {
 
     /// Makes the data written so far durable.
     pub fn sync(&self) -> Result<(), ImageError> {
-        self.files.iter().try_for_each(|f| f.file.sync_all().map_err(|e| ImageError::io(&f.path, e)))
+        self.files.iter().try_for_each(|f| {
+            fault::io(Access::SyncData)
+                .and_then(|()| f.file.sync_all())
+                .map_err(|e| ImageError::io(&f.path, e))
+        })
     }
 
     /// Writes chunk table and manifest, syncs everything and gives the manifest its name. `manifest` comes with
@@ -129,11 +136,24 @@ impl ImageWriter {
         manifest.features.extend(self.codec.feature().map(Into::into));
         manifest.check().map_err(damaged)?;
         self.sync()?;
+        // Somebody may have removed or replaced the folder meanwhile.
+        for f in &self.files {
+            let ours = f.file.metadata().map_err(|e| ImageError::io(&f.path, e))?;
+            let named = fs::symlink_metadata(&f.path).map_err(|e| ImageError::io(&f.path, e))?;
+            if (ours.dev(), ours.ino()) != (named.dev(), named.ino()) {
+                let what = "it was replaced while it was written".into();
+                return Err(ImageError::Damaged { path: f.path.clone(), what });
+            }
+        }
         let index = ChunkTable(table.into_iter().flatten().collect()).encode();
         let write = |name: &str, bytes: &[u8]| {
             let path = self.folder.join(name);
-            let mut file = create(&path)?;
-            file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|e| ImageError::io(&path, e))
+            let mut file = create(&path, Access::CreateTable)?;
+            fault::io(Access::WriteTable)
+                .and_then(|()| file.write_all(bytes))
+                .and_then(|()| fault::io(Access::SyncTable))
+                .and_then(|()| file.sync_all())
+                .map_err(|e| ImageError::io(&path, e))
         };
         write(INDEX, &index)?;
         let entry = |(n, f): (usize, &DataFile)| FileEntry {
@@ -146,12 +166,17 @@ impl ImageWriter {
             .map_err(|e| ImageError::Manifest { path: self.folder.clone(), what: e.to_string() })?;
         let temporary = format!(".{MANIFEST}.new");
         write(&temporary, &text)?;
-        let sync_folder = || File::open(&self.folder).and_then(|f| f.sync_all());
+        let sync_folder = || {
+            fault::io(Access::SyncFolder).and_then(|()| File::open(&self.folder)).and_then(|f| f.sync_all())
+        };
         sync_folder().map_err(|e| ImageError::io(&self.folder, e))?;
         let target = self.folder.join(MANIFEST);
-        fs::rename(self.folder.join(&temporary), &target).map_err(|e| ImageError::io(&target, e))?;
-        sync_folder().map_err(|e| ImageError::io(&self.folder, e))?;
+        fault::io(Access::Rename)
+            .and_then(|()| fs::rename(self.folder.join(&temporary), &target))
+            .map_err(|e| ImageError::io(&target, e))?;
+        // The image is there. Whether its name would survive a power failure is the only thing left open.
         self.committed = true;
+        sync_folder().map_err(|e| ImageError::io(&self.folder, e))?;
         Ok(())
     }
 }

@@ -14,4 +14,4 @@ mod start;
 pub mod wire;
 
 pub use run::{KeeperError, run};
-pub use start::{Keeper, StartError, WorkerRole, start};
+pub use start::{BORROWED, Keeper, StartError, Undo, WorkerRole, lock_file, start};

@@ -11,18 +11,28 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 use phos_protocol::{Connection, TransportError};
 use thiserror::Error;
 
-use super::start::WorkerRole;
-use super::wire::{Held, KeptProcess, Outcome, Packet, Phase, Wire, WireError};
-use crate::job::CheckpointJob;
+use super::start::{BORROWED, CLEAN_UP, WorkerRole, lock_file};
+use super::wire::{FolderBefore, Held, KeptProcess, Outcome, Packet, Phase, Wire, WireError};
+use crate::fault::{self, Moment};
+use crate::job::{CheckpointJob, CommandLine, Timeouts};
+use crate::{lower, processes};
 
-/// How often a dead worker is replaced. Each attempt starts from what is known; a fourth would not differ.
+/// After so many attempts to bring the container back whoever waits is told that it does not work. The attempts go on, as
+/// long as one of its processes lives: what prevents them (a stopped process, a frozen cgroup, a full GPU) may end.
 const RECOVERIES: u32 = 3;
+/// The time between those that follow.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the lower runtime's `delete` may take.
+const DELETE: Duration = Duration::from_secs(60);
+/// How long a worker may take to die.
+const DEATH: Duration = Duration::from_secs(10);
 
 /// The keeper cannot go on.
 #[derive(Debug, Error)]
@@ -46,6 +56,11 @@ struct Kept {
     processes: BTreeMap<i32, KeptProcess>,
     memory: BTreeMap<i32, Vec<(Held, OwnedFd)>>,
     lower_done: bool,
+    /// How the image folder was, once it may have been touched.
+    folder: Option<FolderBefore>,
+    complete: bool,
+    /// What the last worker waited for in vain.
+    stuck: Option<String>,
     outcome: Option<Outcome>,
 }
 
@@ -69,15 +84,22 @@ impl Kept {
                 }
             }
             Packet::LowerDone => self.lower_done = true,
+            Packet::Folder(before) => self.folder = Some(before),
+            Packet::Complete => self.complete = true,
+            Packet::Stuck(what) => self.stuck = Some(what),
             Packet::Finished(outcome) => self.outcome = Some(outcome),
             Packet::HandedOver => {}
         }
     }
 
     /// Whether a process may be in need of help.
-    fn anything_to_recover(&self) -> bool {
-        self.job_complete
-            && self.processes.values().any(|p| matches!(p.phase, Phase::Parking | Phase::Detaching))
+    fn any_away(&self) -> bool {
+        self.processes.values().any(|p| matches!(p.phase, Phase::Parking | Phase::Detaching))
+    }
+
+    /// Whether one of those still lives.
+    fn any_waits(&self) -> bool {
+        self.processes.values().any(|p| matches!(p.phase, Phase::Parking | Phase::Detaching) && p.is_alive())
     }
 
     fn hand_over(&self, wire: &Wire) -> Result<(), WireError> {
@@ -92,7 +114,19 @@ impl Kept {
         if self.lower_done {
             wire.send(&Packet::LowerDone, &[])?;
         }
-        wire.send(&Packet::HandedOver, &[])
+        if let Some(before) = self.folder {
+            wire.send(&Packet::Folder(before), &[])?;
+        }
+        if self.complete {
+            wire.send(&Packet::Complete, &[])?;
+        }
+        if let Some(what) = &self.stuck {
+            wire.send(&Packet::Stuck(what.clone()), &[])?;
+        }
+        wire.send(&Packet::HandedOver, &[])?;
+        // What is made to fail here ends this process; nothing else can.
+        let _ = fault::at(Moment::HandedOver);
+        Ok(())
     }
 }
 
@@ -128,39 +162,91 @@ fn last_words(state_dir: &Path) -> String {
     line.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
-/// Waits for the end of everything the dead worker had started (the lower runtime above all: it must not be
-/// half way through a dump when the processes are woken).
-fn wait_for_orphans() {
-    let deadline = Instant::now() + Duration::from_secs(600);
+/// Waits for the end of everything the dead worker had started (the lower runtime above all: it must not be half way through
+/// a dump when the processes are woken). What does not end in `limit` is ended.
+fn wait_for_orphans(limit: Duration) {
+    let deadline = Instant::now() + limit;
     loop {
         match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::StillAlive) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
+            Ok(WaitStatus::StillAlive) if Instant::now() < deadline => {}
+            Ok(WaitStatus::StillAlive) if Instant::now() < deadline + DEATH => {
+                for child in processes::children(std::process::id() as i32) {
+                    let _ = kill(Pid::from_raw(child), Signal::SIGKILL);
+                }
             }
             Ok(WaitStatus::StillAlive) | Err(_) => return,
-            Ok(_) => {}
+            Ok(_) => continue,
         }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Waits until the worker has said something. `false`: whoever reads `outcome` is gone, and so is the need for a worker.
-fn worth_listening(wire: &Wire, outcome: &OwnedFd) -> bool {
+/// Ends a worker that has nothing more to say. One that hangs in the kernel is left there.
+fn reap(child: &mut Child, end_it: bool) {
+    if end_it {
+        let _ = child.kill();
+    }
+    let deadline = Instant::now() + DEATH;
+    while end_it && Instant::now() < deadline {
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    if !end_it {
+        let _ = child.wait();
+    }
+}
+
+/// The foreground's ends of these.
+struct Foreground<'a> {
+    outcome: &'a OwnedFd,
+    alive: &'a OwnedFd,
+}
+
+/// Waits until the worker has said something. `false`: the foreground is gone or done, and so is the need for a worker.
+fn worth_listening(wire: &Wire, Foreground { outcome, alive }: &Foreground<'_>) -> bool {
     loop {
         // A pipe whose reader is gone reports an error to its writer, whatever is asked for.
         let mut fds = [
             PollFd::new(wire.0.as_fd(), PollFlags::POLLIN),
             PollFd::new(outcome.as_fd(), PollFlags::empty()),
+            PollFd::new(alive.as_fd(), PollFlags::POLLIN),
         ];
         if !matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
-            return !fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLERR));
+            let unread = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLERR));
+            // What the worker has said comes first.
+            return fds[0].any().unwrap_or(false) || !(unread || fds[2].any().unwrap_or(false));
         }
     }
 }
 
-/// Listens to a worker until it ends.
-fn listen(kept: &mut Kept, wire: &Wire, outcome: Option<&OwnedFd>) -> Result<(), WireError> {
+/// How long somebody must wait for the outcome.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// Until the worker has the job: one that nobody can send any more never comes.
+    UntilBegun,
+    /// Until the end: the foreground runs the lower runtime, and a worker without it holds GPU memory for nobody.
+    UntilDone,
+    /// Not at all.
+    Never,
+}
+
+/// Listens to a worker until it ends, is stuck, or is no longer wanted.
+fn listen(
+    kept: &mut Kept,
+    wire: &Wire,
+    foreground: Option<Foreground<'_>>,
+    wanted: Wanted,
+) -> Result<(), WireError> {
     loop {
-        if outcome.is_some_and(|o| !worth_listening(wire, o)) {
+        let must_be_read = match wanted {
+            Wanted::UntilBegun => kept.job.is_empty(),
+            Wanted::UntilDone => kept.outcome.is_none(),
+            Wanted::Never => false,
+        };
+        let unread = must_be_read && foreground.as_ref().is_some_and(|f| !worth_listening(wire, f));
+        if kept.stuck.is_some() || unread {
             return Ok(());
         }
         match wire.receive() {
@@ -180,13 +266,18 @@ fn inherited(word: &OsStr) -> Result<OwnedFd, KeeperError> {
     Ok(fd)
 }
 
-/// The keeper's life. `args`: role, state folder, numbers of the outcome pipe's and the lock's fd.
+/// The keeper's life. `args`: role, state folder, numbers of the fds of the outcome pipe, the lock and the pipe that tells
+/// who is still at work; then the lower runtime's folder of the container, and the command that deletes it.
 pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
-    let [role, state_dir, outcome, lock] = args else { return Err(KeeperError::Usage) };
+    let [role, state_dir, outcome, lock, alive, lower_folder, delete @ ..] = args else {
+        return Err(KeeperError::Usage);
+    };
     let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(KeeperError::Usage)?;
-    let outcome_pipe = inherited(outcome)?;
+    let mut outcome_pipe = inherited(outcome)?;
     // Held until this process ends.
     let _lock = inherited(lock)?;
+    let alive = inherited(alive)?;
+    let delete = CommandLine::new(delete.iter().cloned());
     // SAFETY: this process has one thread.
     if let ForkResult::Parent { .. } = unsafe { fork() }.map_err(io::Error::from)? {
         return Ok(());
@@ -194,40 +285,150 @@ pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
     setsid().map_err(io::Error::from)?;
     // A worker's orphans (the lower runtime, CRIU) must end where they can be waited for.
     nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)?;
+    let folder = Path::new(state_dir);
     let mut kept = Kept::default();
-    let (mut child, wire) = spawn(role, Path::new(state_dir))?;
-    // A checkpoint is finished whether or not somebody waits for it. A restore without the foreground, which runs the
-    // lower runtime, has no end: its worker holds GPU memory for nobody.
-    let only_while_wanted = (role == WorkerRole::Restore).then_some(&outcome_pipe);
-    let mut result = listen(&mut kept, &wire, only_while_wanted);
-    if only_while_wanted.is_some() && kept.outcome.is_none() {
-        let _ = child.kill();
-    }
-    let _ = child.wait();
+    let (mut child, wire) = spawn(role, folder)?;
+    let _ = fault::at(Moment::WorkerStarted);
+    let wanted = if role == WorkerRole::Restore { Wanted::UntilDone } else { Wanted::UntilBegun };
+    let result = {
+        let foreground = Foreground { outcome: &outcome_pipe, alive: &alive };
+        listen(&mut kept, &wire, Some(foreground), wanted)
+    };
+    reap(&mut child, kept.outcome.is_none());
     drop(wire);
-    let mut recoveries = 0;
-    while kept.outcome.is_none() && kept.anything_to_recover() && recoveries < RECOVERIES {
-        recoveries += 1;
-        wait_for_orphans();
-        let (mut child, wire) = spawn(WorkerRole::Recover, Path::new(state_dir))?;
-        result = kept.hand_over(&wire).and_then(|()| listen(&mut kept, &wire, None));
-        let _ = child.wait();
+    if role != WorkerRole::Restore {
+        outcome_pipe = match recover(&mut kept, folder, outcome_pipe) {
+            Some(pipe) => pipe,
+            None => return Ok(()),
+        };
     }
+    let came_true = kept.outcome.as_ref().is_some_and(|o| o.error.is_empty());
     let outcome = kept.outcome.take().unwrap_or_else(|| {
-        let reason = match result {
-            Ok(()) => last_words(Path::new(state_dir)),
-            Err(e) => e.to_string(),
+        let reason = match (kept.stuck, result) {
+            (Some(what), _) => what,
+            (None, Ok(())) => last_words(folder),
+            (None, Err(e)) => e.to_string(),
         };
-        let error = if kept.anything_to_recover() {
-            format!("the checkpoint worker ended ({reason}) and the container could not be brought back to running")
-        } else {
-            format!("the checkpoint worker ended ({reason}); the container was left as it was")
-        };
-        Outcome { error, report: String::new() }
+        let left = if role == WorkerRole::Restore { "" } else { "; the container was left as it was" };
+        Outcome { error: format!("the checkpoint worker ended ({reason}){left}"), report: String::new() }
     });
-    if let Ok(text) = serde_json::to_vec(&outcome) {
-        // The foreground may be gone; then nobody reads it, and that is fine.
-        let _ = nix::unistd::write(&outcome_pipe, &text);
+    // A worker that was ended has not removed it.
+    for name in ["engine.sock", "engine.new"] {
+        let _ = std::fs::remove_file(folder.join(name));
+    }
+    tell(&outcome_pipe, &outcome);
+    // The foreground deletes what it has begun to restore. One that was killed cannot.
+    if role == WorkerRole::Restore && !came_true {
+        let word = last_word(Foreground { outcome: &outcome_pipe, alive: &alive });
+        if word.is_none_or(|w| w == CLEAN_UP) {
+            clean_up(&alive, Path::new(lower_folder), &delete, folder);
+        }
+    }
+    if folder.join(BORROWED).exists() && !is_read(&outcome_pipe) {
+        // The foreground was to remove it.
+        remove(folder);
     }
     Ok(())
+}
+
+/// Removes a state folder and its lock, which this process holds.
+fn remove(state_dir: &Path) {
+    let _ = std::fs::remove_dir_all(state_dir);
+    let _ = std::fs::remove_file(lock_file(state_dir));
+}
+
+/// Says how the job ended. The foreground may be gone; then nobody reads it, and that is fine.
+fn tell(pipe: &OwnedFd, outcome: &Outcome) {
+    if let Ok(mut text) = serde_json::to_vec(outcome) {
+        // JSON has no line feed of its own.
+        text.push(b'\n');
+        let _ = nix::unistd::write(pipe, &text);
+    }
+}
+
+/// Whether somebody may still read what is written.
+fn is_read(pipe: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    !fds[0].revents().is_some_and(|r| r.contains(PollFlags::POLLERR))
+}
+
+/// Has new workers put right what a dead one left, until one of them has. `None`: that took so long that whoever waited was
+/// told before.
+fn recover(kept: &mut Kept, folder: &Path, pipe: OwnedFd) -> Option<OwnedFd> {
+    let mut pipe = Some(pipe);
+    // Without a job nothing was begun.
+    let job: Option<CheckpointJob> = serde_json::from_str(&kept.job).ok().filter(|_| kept.job_complete);
+    let Some(job) = job else { return pipe };
+    let mut attempts = 0;
+    while kept.outcome.is_none() {
+        attempts += 1;
+        if attempts > RECOVERIES {
+            if !kept.any_waits() {
+                break;
+            }
+            std::thread::sleep(PATIENCE);
+        }
+        wait_for_orphans(job.timeouts.lower());
+        let reason = attempt(kept, folder).unwrap_or_else(|e| e.to_string());
+        if attempts == RECOVERIES && kept.outcome.is_none() && kept.any_away() {
+            let error = format!(
+                "the checkpoint worker ended ({reason}) and the container could not be brought back to running; its memory is kept, and the attempts go on as long as it lives"
+            );
+            if let Some(pipe) = pipe.take() {
+                tell(&pipe, &Outcome { error, report: String::new() });
+            }
+        }
+    }
+    pipe
+}
+
+/// One attempt; why it came to nothing, if it did.
+fn attempt(kept: &mut Kept, folder: &Path) -> Result<String, KeeperError> {
+    let (mut child, wire) = spawn(WorkerRole::Recover, folder)?;
+    let _ = fault::at(Moment::WorkerStarted);
+    let told = kept.hand_over(&wire);
+    kept.stuck = None;
+    let heard = told.and_then(|()| listen(kept, &wire, None, Wanted::Never));
+    reap(&mut child, kept.outcome.is_none());
+    heard?;
+    Ok(kept.stuck.clone().unwrap_or_else(|| last_words(folder)))
+}
+
+/// Waits for the foreground's last word; `None` if it was killed.
+fn last_word(Foreground { outcome, alive }: Foreground<'_>) -> Option<u8> {
+    let said = || {
+        let mut byte = [0];
+        matches!(nix::unistd::read(alive, &mut byte), Ok(1..)).then_some(byte[0])
+    };
+    loop {
+        let mut fds =
+            [PollFd::new(outcome.as_fd(), PollFlags::empty()), PollFd::new(alive.as_fd(), PollFlags::POLLIN)];
+        if !matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
+            // Its other end may be held by the lower runtime, for longer than the foreground has lived.
+            return said();
+        }
+    }
+}
+
+/// Deletes what a restore has begun that comes to nothing. The lower runtime may still be at work: it and everything it has
+/// started have the other end of `alive` open. `folder` is its own of this container.
+fn clean_up(alive: &OwnedFd, folder: &Path, delete: &CommandLine, state_dir: &Path) {
+    let deadline = Instant::now() + Duration::from_millis(Timeouts::default().lower_ms);
+    loop {
+        let ended = !matches!(nix::unistd::read(alive, &mut [0]), Err(nix::Error::EAGAIN))
+            || Instant::now() > deadline;
+        // In the middle of its work it has the root file system mounted in what `delete` removes.
+        if ended {
+            lower::release(folder);
+        }
+        if ended || (folder.join("state.json").exists() && !lower::is_mounted(folder)) {
+            let _ = lower::run(delete, DELETE);
+        }
+        if ended {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    remove(state_dir);
 }

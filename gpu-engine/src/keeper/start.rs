@@ -2,18 +2,21 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use thiserror::Error;
 
 use super::wire::Outcome;
+use crate::fault::{self, Moment};
+use crate::job::CommandLine;
 
 /// What the worker is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,42 +55,108 @@ impl FromStr for WorkerRole {
 #[error("cannot start the checkpoint keeper: {0}")]
 pub struct StartError(#[from] io::Error);
 
+/// A file of this name in a state folder says that it is there for the time of one job only.
+pub const BORROWED: &str = "borrowed";
+
+/// The lock of a container whose state folder this is. It lies beside the folder, which comes and goes while the lock is
+/// held.
+pub fn lock_file(state_dir: &Path) -> PathBuf {
+    let mut path = state_dir.as_os_str().to_os_string();
+    path.push(".lock");
+    path.into()
+}
+
 /// A running keeper as the foreground sees it.
 #[derive(Debug)]
 pub struct Keeper {
     outcome: File,
+    alive: Option<OwnedFd>,
     /// Socket at which the worker serves the engine's ttrpc service.
     pub socket: PathBuf,
 }
 
+/// What the foreground says at its end.
+pub(super) const DONE: u8 = 1;
+/// What it says when it cannot clean up itself.
+pub(super) const CLEAN_UP: u8 = 2;
+
+impl Drop for Keeper {
+    /// This process goes its own way and leaves nothing to clean up; one that is killed cannot say so.
+    fn drop(&mut self) {
+        self.say(DONE);
+    }
+}
+
 impl Keeper {
-    /// Waits for the keeper's end and returns how the job ended; `None` if the keeper itself was killed.
-    pub fn outcome(mut self) -> Option<Outcome> {
+    /// Waits until the keeper knows how the job ended; `None` if the keeper itself was killed.
+    pub fn outcome(&mut self) -> Option<Outcome> {
         let mut text = String::new();
-        self.outcome.read_to_string(&mut text).ok()?;
+        BufReader::new(&self.outcome).read_line(&mut text).ok()?;
         serde_json::from_str(&text).ok()
     }
+
+    /// Whether the keeper has said how the job ended, or is gone.
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.outcome.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+    }
+
+    fn say(&mut self, word: u8) {
+        if let Some(alive) = self.alive.take() {
+            let _ = nix::unistd::write(&alive, &[word]);
+        }
+    }
+
+    /// Has the keeper wait for all that a killed lower runtime has started, and delete what there is of the container.
+    pub fn clean_up(&mut self) {
+        self.say(CLEAN_UP);
+        let _ = self.outcome.read_to_end(&mut Vec::new());
+    }
+
+    /// An fd for the lower runtime to inherit, so that the keeper knows how long it and all it has started are at work.
+    pub fn alive(&self) -> Option<BorrowedFd<'_>> {
+        self.alive.as_ref().map(AsFd::as_fd)
+    }
+}
+
+/// How a restore is undone that comes to nothing.
+#[derive(Debug, Default)]
+pub struct Undo {
+    /// The lower runtime's own folder of the container.
+    pub folder: PathBuf,
+    /// Its command that deletes the container by force.
+    pub delete: CommandLine,
 }
 
 /// Starts a keeper in a session of its own, which starts a worker for `role` that serves at
 /// `state_dir/engine.sock`. Returns at once.
 ///
 /// The keeper survives this process: engines kill the runtime whenever they like. It holds the file lock `lock` as long
-/// as it lives, so that no second job begins while the first one goes on without its foreground.
-pub fn start(role: WorkerRole, state_dir: &Path, lock: BorrowedFd<'_>) -> Result<Keeper, StartError> {
+/// as it lives, so that no second job begins while the first one goes on without its foreground. A restore whose foreground
+/// is killed is undone as `undo` says.
+pub fn start(
+    role: WorkerRole,
+    state_dir: &Path,
+    lock: BorrowedFd<'_>,
+    undo: &Undo,
+) -> Result<Keeper, StartError> {
     let socket = state_dir.join("engine.sock");
     let _ = std::fs::remove_file(&socket);
     let (read, write) = pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from)?;
+    let (watched, alive) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).map_err(io::Error::from)?;
     let mut command = Command::new("/proc/self/exe");
     command
         .arg("__keeper")
         .args([OsString::from(role.as_str()), state_dir.into()])
-        .args([write.as_raw_fd(), lock.as_raw_fd()].map(|fd| fd.to_string()))
+        .args([write.as_raw_fd(), lock.as_raw_fd(), watched.as_raw_fd()].map(|fd| fd.to_string()))
+        .arg(&undo.folder)
+        .arg(undo.delete.program())
+        .args(undo.delete.args())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let inherited = [write.as_raw_fd(), lock.as_raw_fd()];
-    // SAFETY: between fork and exec only async-signal-safe calls are made: fcntl. Both fds are open until then.
+    let inherited = [write.as_raw_fd(), lock.as_raw_fd(), watched.as_raw_fd()];
+    // SAFETY: between fork and exec only async-signal-safe calls are made: fcntl. The fds are open until then.
     unsafe {
         command.pre_exec(move || {
             for fd in inherited {
@@ -101,5 +170,6 @@ pub fn start(role: WorkerRole, state_dir: &Path, lock: BorrowedFd<'_>) -> Result
     drop(write);
     // The child forks the real keeper and ends at once.
     child.wait()?;
-    Ok(Keeper { outcome: File::from(read), socket })
+    let _ = fault::at(Moment::KeeperStarted);
+    Ok(Keeper { outcome: File::from(read), alive: Some(alive), socket })
 }

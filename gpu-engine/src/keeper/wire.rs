@@ -10,6 +10,7 @@ use phos_protocol::{Connection, MAX_FDS, TransportError};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::fault::named;
 use crate::job::CheckpointJob;
 
 /// Why the other side could not be reached.
@@ -60,17 +61,19 @@ impl From<&Held> for Entry {
     }
 }
 
-/// How far a process has been taken away from its GPU. Written ahead: a phase is announced before the step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Phase {
-    /// Runs; nothing of it was touched.
-    Running,
-    /// Its gate may be closed; it may or may not have let go of its memory.
-    Parking,
-    /// The driver was asked to lock and checkpoint it.
-    Detaching,
-    /// Everything was given back.
-    Attached,
+named! {
+    /// How far a process has been taken away from its GPU. Written ahead: a phase is announced before the step.
+    #[derive(Serialize, Deserialize)]
+    pub enum Phase {
+        /// Runs; nothing of it was touched.
+        Running = "running",
+        /// Its gate may be closed; it may or may not have let go of its memory.
+        Parking = "parking",
+        /// The driver was asked to lock and checkpoint it.
+        Detaching = "detaching",
+        /// Everything was given back.
+        Attached = "attached",
+    }
 }
 
 /// A process as the keeper knows it.
@@ -99,6 +102,15 @@ pub struct Outcome {
     pub report: String,
 }
 
+/// How an image folder was before a job touched it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FolderBefore {
+    /// It did not exist.
+    pub made: bool,
+    /// It held an earlier image. Otherwise it was empty.
+    pub earlier: bool,
+}
+
 /// Worker to keeper, and keeper to a worker that recovers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Packet {
@@ -106,6 +118,10 @@ pub enum Packet {
     Job(String),
     /// The job's text is complete.
     JobEnd,
+    /// The image folder is about to be touched.
+    Folder(FolderBefore),
+    /// The image is complete.
+    Complete,
     /// A process and the phase it enters.
     Process(KeptProcess),
     /// Memory of process `pid`; one fd each.
@@ -114,6 +130,8 @@ pub enum Packet {
     Forget(i32, Vec<u64>),
     /// The lower runtime's checkpoint succeeded: if the processes are gone, they are in CRIU's image.
     LowerDone,
+    /// The worker waits for something that does not end, and must be ended itself. What it waits for.
+    Stuck(String),
     /// Keeper to recovering worker: that was all.
     HandedOver,
     /// The job is over. Nothing needs keeping.

@@ -1,7 +1,6 @@
 //! The foreground's side.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -11,12 +10,16 @@ use super::generated::engine as pb;
 use super::generated::engine_ttrpc::EngineClient;
 use super::short_path;
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
+use crate::keeper::Keeper;
 use crate::progress::Step;
 
 /// The worker could not be asked, or its answer makes no sense.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// It did not come up, or is gone.
+    /// It did not come up. Nothing was asked of it.
+    #[error("the checkpoint worker did not come up: {0}")]
+    NeverCame(String),
+    /// It is gone.
     #[error("the checkpoint worker is gone: {0}")]
     Gone(String),
     /// It answered: this is its one line.
@@ -56,11 +59,12 @@ fn answer<T: serde::de::DeserializeOwned>(error: String, report: &str) -> Result
 }
 
 impl Client {
-    /// Connects to the worker at `socket`, which may still be starting.
-    pub async fn connect(socket: &Path, patience: Duration) -> Result<Self, ClientError> {
+    /// Connects to a keeper's worker, which may still be starting.
+    pub async fn connect(keeper: &Keeper, patience: Duration) -> Result<Self, ClientError> {
         let deadline = Instant::now() + patience;
         loop {
-            let connected = short_path(socket).and_then(|(_folder, short)| UnixStream::connect(short));
+            let connected =
+                short_path(&keeper.socket).and_then(|(_folder, short)| UnixStream::connect(short));
             match connected {
                 Ok(stream) => {
                     stream.set_nonblocking(true).map_err(gone)?;
@@ -68,7 +72,8 @@ impl Client {
                     let client = ttrpc::r#async::Client::new(ttrpc::r#async::transport::Socket::new(stream));
                     return Ok(Client(EngineClient::new(client)));
                 }
-                Err(e) if Instant::now() > deadline => return Err(gone(e)),
+                Err(_) if keeper.has_ended() => return Err(ClientError::Gone("it ended at once".into())),
+                Err(e) if Instant::now() > deadline => return Err(ClientError::NeverCame(e.to_string())),
                 Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
             }
         }

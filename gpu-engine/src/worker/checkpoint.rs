@@ -13,14 +13,17 @@
 //! commit      data synced, manifest renamed
 //! ```
 //!
-//! Without leave-running, everything on the GPU is in the image and synced before the lower runtime is asked:
-//! once it has succeeded the processes are gone, and nothing may be left that could fail.
+//! Without leave-running the GPU's side of the image is committed before the lower runtime is asked: once that has succeeded
+//! the processes are gone, and nothing may be left that could fail. With it, a wake that fails (the driver may give a process
+//! up for good) comes before drain and commit all the same: the image is completed first then, and the processes are woken
+//! again with all the memory that frees. Only if that fails too are they lost, and the image says all there was.
 //!
 //! A pre-dump is the first two steps, the lower runtime's own pre-dump, and the commit.
 
 mod without_room;
 
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,19 +35,21 @@ use super::freeze;
 use super::save;
 use super::sharing;
 use super::subject::{Subject, all, find};
-use super::wake::{Sleeper, Woken, wake};
+use super::wake::{GRACE, Sleeper, Woken, end, wake};
 use crate::copy::{self, Ledger, Quiesced};
 use crate::device::Device;
 use crate::error::EngineError;
+use crate::fault::{self, Moment};
 use crate::freezer::Freezer;
 use crate::headroom;
-use crate::image::{ImageWriter, ParentEntry};
+use crate::image::{INVENTORY, Image, ImageWriter, ParentEntry};
 use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Packet, Phase, Wire};
 use crate::lower;
 use crate::peer::{AttachListener, ControlDir};
 use crate::plan::{self, CopyPlan};
-use crate::progress::Progress;
+use crate::processes;
+use crate::progress::{Progress, State};
 use crate::service::LowerOutput;
 
 /// GPU memory that spare memory leaves free for the application: it may allocate while a snapshot drains.
@@ -75,8 +80,20 @@ pub struct Checkpoint<'a> {
     frozen: bool,
     /// The processes are in the lower runtime's image and nowhere else.
     gone: bool,
+    /// The lower runtime's part of the image is complete.
+    dumped: bool,
+    /// Start time of the container's first process.
+    init_start: Option<u64>,
     /// The GPU has no room for this process beside the container's.
     no_room: bool,
+}
+
+/// What a person is told when a container is lost and its image is not.
+pub(super) fn lost(why: &EngineError, image: &Path) -> String {
+    format!(
+        "the container could not be brought back to running and was ended ({why}); its image {} is complete: restore it",
+        image.display()
+    )
 }
 
 fn ms(d: Duration) -> f64 {
@@ -101,10 +118,16 @@ pub fn run(
         lower: LowerOutput::default(),
         frozen: job.frozen,
         gone: false,
+        dumped: false,
+        init_start: processes::describe(job.init_pid).map(|p| p.start_time),
         no_room: false,
     };
     let result = checkpoint.run();
-    let Checkpoint { mut report, lower, .. } = checkpoint;
+    let Checkpoint { mut report, mut lower, .. } = checkpoint;
+    // Only where it is all there is to say does the lower runtime speak for itself.
+    if !matches!(result, Err(EngineError::LowerFailed(status)) if status < 128) {
+        lower.status = 0;
+    }
     report.total_ms = ms(progress.began().elapsed());
     report.spans = progress.spans();
     (result.map(|()| report), lower)
@@ -112,15 +135,20 @@ pub fn run(
 
 impl Checkpoint<'_> {
     fn run(&mut self) -> Result<(), EngineError> {
-        self.progress.step("preflight", 0);
-        let folder = ImageFolder::prepare(&self.job.image)?;
         self.wire.send_job(self.job)?;
+        fault::at(Moment::JobKept)?;
+        self.progress.step(State::Preflight, 0)?;
+        let folder = ImageFolder::prepare(&self.job.image, |before| {
+            Ok(self.wire.send(&Packet::Folder(before), &[])?)
+        })?;
+        fault::at(Moment::FolderReady)?;
         if self.frozen {
             self.set_frozen(false)?;
         }
         let saved = self.save(&folder);
         // The container is left as it was found, whatever came of it; a stopped one has no freezer to set.
-        if freeze::is_to_stay(self.job) && !self.frozen && (saved.is_err() || self.job.leave_running) {
+        let stopped = self.gone || self.report.lost.is_some();
+        if freeze::is_to_stay(self.job) && !self.frozen && !stopped {
             // The image does not depend on it, and the engine thaws next; what the dump said must not be lost over it.
             let lower = std::mem::take(&mut self.lower);
             if let Err(e) = self.set_frozen(true) {
@@ -175,32 +203,86 @@ impl Checkpoint<'_> {
             return self.commit(session, parent);
         }
         self.prepare_stop(&mut session, plan)?;
+        fault::at(Moment::BuffersReady)?;
         let stopped = Instant::now();
+        if !self.job.leave_running {
+            return self.stop(session, parent).map_err(|cause| self.woken_after(cause));
+        }
         match self.stand_still(&mut session) {
-            Ok(()) => {}
+            Ok(None) => {}
+            Ok(Some(cause)) => return self.rescue(cause, |c| c.complete(session, parent)),
             Err(cause) => {
                 drop(session);
                 return Err(self.woken_after(cause));
             }
         }
-        if self.job.leave_running {
-            self.report.pause_ms = ms(stopped.elapsed());
-            // From here on the application owns its memory alone; only spare memory is read.
-            for piece in self.subjects.iter_mut().flat_map(|s| &mut s.pieces) {
-                piece.region = None;
-            }
-            self.report.copy_ms += ms(session.drain()?);
+        self.report.pause_ms = ms(stopped.elapsed());
+        self.complete(session, parent)
+    }
+
+    /// From spare memory to a complete image.
+    fn complete(&mut self, mut session: Session<'_>, parent: Option<ParentEntry>) -> Result<(), EngineError> {
+        // From here on the application owns its memory alone; only spare memory is read.
+        for piece in self.subjects.iter_mut().flat_map(|s| &mut s.pieces) {
+            piece.region = None;
         }
+        self.report.copy_ms += ms(session.drain()?);
+        fault::at(Moment::SnapshotDrained)?;
         self.commit(session, parent)
     }
 
+    /// The dump is made, the memory saved, and the processes cannot be woken: completes the image, which gives all memory
+    /// back that this process has, and tries again. If that fails too they are lost, and ended: the image has them.
+    fn rescue(
+        &mut self,
+        cause: EngineError,
+        complete: impl FnOnce(&mut Self) -> Result<(), EngineError>,
+    ) -> Result<(), EngineError> {
+        tracing::error!(error = %cause, "the container cannot be woken, completing the image first");
+        let saved = complete(self);
+        let woken = self.wake(|| ());
+        match (saved, woken) {
+            (Ok(()), Ok(_)) => {
+                self.report.warnings.push(format!(
+                    "the container stood still until its image was complete, because it could not be woken before: {cause}"
+                ));
+                Ok(())
+            }
+            (Ok(()), Err(rollback)) => {
+                let first = self.init_start.map(|start| (self.job.init_pid, start));
+                end(first, self.subjects.iter().map(|s| &s.kept));
+                self.report.lost = Some(lost(&rollback, &self.job.image));
+                Ok(())
+            }
+            (Err(e), Ok(_)) => Err(e),
+            (Err(e), Err(rollback)) => {
+                Err(EngineError::RollbackFailed { cause: Box::new(e), rollback: Box::new(rollback) })
+            }
+        }
+    }
+
+    /// Whether the container's first process or one that uses the GPU lives.
+    fn anyone_left(&self) -> bool {
+        let first = processes::describe(self.job.init_pid);
+        first.is_some_and(|p| Some(p.start_time) == self.init_start)
+            || self.subjects.iter().any(|s| s.kept.is_alive())
+    }
+
     fn commit(&mut self, session: Session<'_>, parent: Option<ParentEntry>) -> Result<(), EngineError> {
-        self.progress.step("commit", 0);
+        self.progress.step(State::Commit, 0)?;
         let begin = Instant::now();
         let saved = session.finish();
         save::commit(self.device.as_ref(), saved, parent, self.job, &self.subjects, &mut self.report)?;
         self.progress.span("commit", ENGINE, begin, begin.elapsed());
-        Ok(())
+        self.image_is_complete()
+    }
+
+    /// Tells the keeper, if nothing more belongs to it.
+    fn image_is_complete(&self) -> Result<(), EngineError> {
+        if self.job.leave_running {
+            self.wire.send(&Packet::Complete, &[])?;
+        }
+        fault::at(Moment::Committed)
     }
 
     /// Finds the processes, refuses what cannot be saved and does everything that needs no standing still.
@@ -215,6 +297,7 @@ impl Checkpoint<'_> {
         }
         let (subjects, outsiders) = find(self.device.as_ref(), self.job.init_pid, self.control.as_ref())?;
         self.subjects = subjects;
+        fault::at(Moment::ProcessesFound)?;
         for p in outsiders {
             self.report.warnings.push(format!(
                 "process {} ({}) joined the container by exec: like the lower runtime, the checkpoint leaves it out",
@@ -249,7 +332,7 @@ impl Checkpoint<'_> {
                 other => other?,
             }
         }
-        Ok(())
+        fault::at(Moment::TablesTaken)
     }
 
     /// Brings the container back after a failure; the error to report.
@@ -336,39 +419,78 @@ impl Checkpoint<'_> {
         Ok(())
     }
 
-    /// Everything between the first gate's closing and the last one's opening (or the processes' end).
-    fn stand_still(&mut self, session: &mut Session<'_>) -> Result<(), EngineError> {
+    /// Everything between the first gate's closing and the last one's opening. Returns why the container could not be woken
+    /// although all of it is saved.
+    fn stand_still(&mut self, session: &mut Session<'_>) -> Result<Option<EngineError>, EngineError> {
         self.park()?;
         save::update(&mut session.ledger, &self.subjects);
-        let leave_running = self.job.leave_running;
-        // The driver and CRIU save their parts while the memory is copied: they share no bytes. Only attaching waits,
-        // and without leave-running the dump, before which everything must be safe.
+        let progress = self.progress;
+        // The driver and CRIU save their parts while the memory is copied: they share no bytes. Only attaching waits.
         thread::scope(|scope| {
             let mut copying = Some(scope.spawn(|| {
+                let _busy = progress.busy();
                 let quiesced = session.quiesce()?;
-                if !leave_running {
-                    // The last moment at which a full disk is harmless.
-                    session.sink().sync()?;
-                }
-                Ok::<_, EngineError>(quiesced)
+                fault::at(Moment::MemorySaved)?;
+                Ok(quiesced)
             }));
             let mut join = || match copying.take().map(|t| t.join()) {
                 Some(Ok(result)) => result,
                 _ => Err(EngineError::Order("the copy thread panicked")),
             };
             self.detach()?;
-            if !leave_running {
-                self.copied(join()?);
-                return self.dump();
-            }
             self.dump()?;
             let mut quiesced = None;
-            let woken = self.wake(|| quiesced = Some(join()))?;
-            self.report.driver_restore_ms = ms(woken.driver);
-            self.report.attach_ms = ms(woken.attach_wall);
-            self.copied(quiesced.unwrap_or(Err(EngineError::Order("the copy was not awaited")))?);
-            Ok(())
+            let woken = self.wake(|| quiesced = Some(join()));
+            self.copied(quiesced.unwrap_or_else(join)?);
+            match woken {
+                Ok(woken) => {
+                    self.report.driver_restore_ms = ms(woken.driver);
+                    self.report.attach_ms = ms(woken.attach_wall);
+                    Ok(None)
+                }
+                Err(cause) => Ok(Some(cause)),
+            }
         })
+    }
+
+    /// A checkpoint that ends the container, from the first gate's closing on.
+    fn stop(&mut self, mut session: Session<'_>, parent: Option<ParentEntry>) -> Result<(), EngineError> {
+        self.park()?;
+        save::update(&mut session.ledger, &self.subjects);
+        let progress = self.progress;
+        let quiesced = thread::scope(|scope| {
+            let copying = scope.spawn(|| {
+                let _busy = progress.busy();
+                let quiesced = session.quiesce()?;
+                fault::at(Moment::MemorySaved)?;
+                Ok::<_, EngineError>(quiesced)
+            });
+            let detached = self.detach();
+            let quiesced = copying.join().unwrap_or(Err(EngineError::Order("the copy thread panicked")));
+            detached.and(quiesced)
+        })?;
+        self.copied(quiesced);
+        // The last moment at which a full disk is harmless.
+        self.commit(session, parent)?;
+        self.dump()?;
+        if Image::open_complete(&self.job.image).is_err() {
+            // The lower runtime has made its part, the processes are gone, and the GPU's part was taken away.
+            self.write_again()?;
+        }
+        Ok(())
+    }
+
+    /// Writes the GPU's part of the image once more, from the memory that is still held.
+    fn write_again(&mut self) -> Result<(), EngineError> {
+        save::remove_begun(&self.job.image);
+        let (device, lanes) = (self.device.clone(), copy::lane_count());
+        let mut ledger = Ledger::default();
+        save::update(&mut ledger, &self.subjects);
+        let writer = ImageWriter::create(&self.job.image, lanes, self.job.compression)?;
+        let mut session = copy::Session::prepare(device.as_ref(), self.progress, writer, lanes, ledger)?;
+        session.quiesce()?;
+        self.report.warnings.push("the image folder was changed by somebody else meanwhile".into());
+        self.commit(session, None)
     }
 
     fn copied(&mut self, q: Quiesced) {
@@ -388,21 +510,25 @@ impl Checkpoint<'_> {
 
     /// The driver moves its own state into the processes' host memory.
     fn detach(&mut self) -> Result<(), EngineError> {
-        self.progress.step("driver checkpoint", 0);
+        self.progress.step(State::Detach, 0)?;
         let begin = Instant::now();
         let (device, wire, progress) = (self.device.clone(), self.wire, self.progress);
-        let lock_timeout = self.job.timeouts.lock();
+        let (lock_timeout, limit) = (self.job.timeouts.lock(), self.job.timeouts.driver());
         all(&mut self.subjects, |subject| {
             subject.enter(wire, Phase::Detaching)?;
             let process = &subject.kept;
+            let _limit =
+                progress.allow(format!("the driver's checkpoint of process {process}"), lock_timeout + limit);
             device.lock(process.pid, lock_timeout).map_err(|e| process.driver_error(e))?;
+            fault::at(Moment::Locked)?;
             device.checkpoint(process.pid).map_err(|e| process.driver_error(e))?;
+            fault::at(Moment::DriverSaved)?;
             progress.span("driver checkpoint", &process.to_string(), begin, begin.elapsed());
             Ok(())
         })?;
         self.report.driver_checkpoint_ms = ms(begin.elapsed());
         self.trim();
-        Ok(())
+        fault::at(Moment::Trimmed)
     }
 
     /// Has the libraries give back what the driver saved as zeros. What does not work costs time, and nothing else.
@@ -438,23 +564,32 @@ impl Checkpoint<'_> {
     /// Closes every gate, then takes everything over. Until the second half, dropping the conversations
     /// undoes it all.
     fn park(&mut self) -> Result<(), EngineError> {
-        self.progress.step("park", 0);
-        let (wire, drain) = (self.wire, self.job.timeouts.drain());
+        self.progress.step(State::Park, 0)?;
+        let (wire, drain, limit) = (self.wire, self.job.timeouts.drain(), self.job.timeouts.attach());
         let begin = Instant::now();
         for subject in &mut self.subjects {
             subject.enter(wire, Phase::Parking)?;
         }
+        let progress = self.progress;
         all(&mut self.subjects, |subject| {
             let Some(library) = &subject.library else { return Ok(()) };
-            let update = library.park(subject.generation, drain, PARK_LOW_STACK | PARK_PREFAULT)?;
-            subject.apply(update, wire)
+            let update = {
+                let _limit =
+                    progress.allow(format!("process {} to stand still", subject.kept), drain + GRACE);
+                let flags = PARK_LOW_STACK | PARK_PREFAULT;
+                library.park(subject.generation, drain, flags).map_err(|e| subject.kept.peer_error(e))?
+            };
+            fault::at(Moment::Drained)?;
+            subject.apply(update, wire)?;
+            fault::at(Moment::Held)
         })?;
         // Refused here, nothing has been taken away yet.
         sharing::resolve(&mut self.subjects)?;
-        let progress = self.progress;
         let timings = all(&mut self.subjects, |subject| match subject.library.take() {
             Some(library) => {
-                let timings = library.taken()?;
+                let _limit = progress.allow(format!("process {} to park", subject.kept), limit + GRACE);
+                let timings = library.taken(limit)?;
+                fault::at(Moment::Taken)?;
                 let drained = Duration::from_micros(timings.drain_us);
                 let track = subject.kept.to_string();
                 progress.span("drain", &track, begin, drained);
@@ -478,34 +613,59 @@ impl Checkpoint<'_> {
         if self.job.frozen {
             self.set_frozen(true)?;
         }
-        self.progress.step("dump", 0);
+        self.progress.step(State::Dump, 0)?;
+        fault::at(Moment::BeforeDump)?;
         let begin = Instant::now();
-        let freezer = (!self.frozen).then(|| Freezer::of(self.job.init_pid)).flatten();
-        let output = match freezer {
-            Some(freezer) => {
+        let output = {
+            let limit = self.job.timeouts.lower();
+            let _limit = self.progress.allow("the lower runtime's checkpoint", limit + GRACE);
+            let freezer = (!self.frozen).then(|| Freezer::of(self.job.init_pid)).flatten();
+            if let Some(freezer) = &freezer {
                 freezer.freeze();
-                let output = lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower());
-                freezer.thaw();
-                output
             }
-            None => lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower()),
+            let output = lower::run(&self.job.lower_checkpoint, limit);
+            if let Some(freezer) = freezer {
+                freezer.thaw();
+            }
+            output
         };
-        self.lower = output?;
+        // Whatever it says: a lower runtime that was killed may have had its CRIU save and end everything.
+        let succeeded = output.as_ref().is_ok_and(|o| o.status == 0);
+        self.gone = !self.job.leave_running
+            && (succeeded || (!self.anyone_left() && self.job.image.join(INVENTORY).is_file()));
+        match output {
+            Ok(output) => self.lower = output,
+            Err(e) if !self.gone => return Err(e.into()),
+            Err(e) => self.report.warnings.push(e.to_string()),
+        }
         self.report.criu_ms = ms(begin.elapsed());
         self.progress.span("CRIU", ENGINE, begin, begin.elapsed());
         if self.lower.status != 0 {
-            return Err(EngineError::LowerFailed(self.lower.status));
+            if !self.gone {
+                return Err(EngineError::LowerFailed(self.lower.status));
+            }
+            let status = std::mem::take(&mut self.lower).status;
+            self.report.warnings.push(format!(
+                "the lower runtime's checkpoint ended with status {status} after CRIU had saved and ended everything"
+            ));
         }
-        self.gone = !self.job.leave_running;
-        self.wire.send(&Packet::LowerDone, &[])?;
-        Ok(())
+        self.dumped = true;
+        // From here on this job cannot fail: with the processes gone, what is left is to say so.
+        let told = fault::at(Moment::Dumped)
+            .and_then(|()| Ok(self.wire.send(&Packet::LowerDone, &[])?))
+            .and_then(|()| fault::at(Moment::DumpTold));
+        if self.gone { Ok(()) } else { told }
     }
 
     /// Brings every process back to running. `before_attach` is called once, before any of them can touch its memory.
     fn wake(&mut self, before_attach: impl FnOnce()) -> Result<Woken, EngineError> {
-        self.progress.step("wake", 0);
+        self.progress.step(State::Wake, 0)?;
         if self.frozen {
             self.set_frozen(false)?;
+        } else if !self.dumped {
+            // A lower runtime that was ended in the middle of a dump leaves the container frozen. Thawing one that is not
+            // frozen fails and changes nothing.
+            let _ = lower::run(&self.job.lower_resume, self.job.timeouts.lower());
         }
         // Conversations that were cut short reopen the gate by their end.
         self.subjects.iter_mut().for_each(|s| s.library = None);
@@ -513,7 +673,8 @@ impl Checkpoint<'_> {
             process: s.kept.clone(),
             memory: s.pieces.iter().map(|p| (Entry::from(&p.held), p.fd.as_raw_fd())).collect(),
         };
-        let sleepers = self.subjects.iter().filter(|s| s.kept.phase != Phase::Running).map(sleeper).collect();
+        let away = |s: &&Subject| matches!(s.kept.phase, Phase::Parking | Phase::Detaching);
+        let sleepers = self.subjects.iter().filter(away).map(sleeper).collect();
         let ready = || {
             before_attach();
             Ok(())
@@ -527,16 +688,22 @@ impl Checkpoint<'_> {
             ready,
         )?;
         for subject in &mut self.subjects {
-            subject.enter(self.wire, Phase::Attached)?;
+            // They run. A keeper that cannot be told is gone.
+            if let Err(e) = subject.enter(self.wire, Phase::Attached) {
+                tracing::warn!(error = %e, "awake");
+            }
         }
+        let _ = fault::at(Moment::Awake);
         Ok(woken)
     }
 
     /// The lower runtime's own pre-dump. What it cannot do, the next checkpoint does in full.
     fn lower_pre_dump(&mut self) -> Result<(), EngineError> {
-        self.progress.step("dump", 0);
+        self.progress.step(State::Dump, 0)?;
         let begin = Instant::now();
-        let output = lower::run(&self.job.lower_checkpoint, self.job.timeouts.lower())?;
+        let limit = self.job.timeouts.lower();
+        let _limit = self.progress.allow("the lower runtime's pre-dump", limit + GRACE);
+        let output = lower::run(&self.job.lower_checkpoint, limit)?;
         self.report.criu_ms = ms(begin.elapsed());
         self.progress.span("CRIU pre-dump", ENGINE, begin, begin.elapsed());
         if output.status != 0 {

@@ -10,21 +10,24 @@ mod save;
 mod sharing;
 mod subject;
 mod wake;
+mod watchdog;
 
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
 use std::time::Duration;
 
 use phos_protocol::Connection;
 use thiserror::Error;
 use tokio::sync::Notify;
 
-use crate::device::{self, Device};
+use crate::device;
 use crate::error::EngineError;
-use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
+use crate::fault::{self, Moment};
+use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport, Timeouts};
 use crate::keeper::WorkerRole;
 use crate::keeper::wire::{Outcome, Packet, Wire};
 use crate::progress::Progress;
@@ -52,7 +55,7 @@ pub enum WorkerError {
 
 /// What the service's requests act on.
 struct Worker {
-    wire: Wire,
+    wire: Arc<Wire>,
     progress: Arc<Progress>,
     restore: Mutex<Option<restore::Restore>>,
     /// The foreground has its answer.
@@ -69,8 +72,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Worker {
+    /// A request has come whose waits have these limits.
+    fn begin(&self, timeouts: &Timeouts) {
+        watchdog::start(self.progress.clone(), self.wire.clone(), timeouts.stall());
+    }
+
     fn finished<R: serde::Serialize>(&self, result: &Result<R, EngineError>) {
         self.progress.finish();
+        // Whatever is made to fail here: the job is over, and its end must be told.
+        let _ = fault::at(Moment::Done);
         let outcome = match result {
             Ok(report) => {
                 Outcome { error: String::new(), report: serde_json::to_string(report).unwrap_or_default() }
@@ -80,6 +90,7 @@ impl Worker {
         if let Err(e) = self.wire.send(&Packet::Finished(outcome), &[]) {
             tracing::warn!(error = %e, "the keeper is gone");
         }
+        let _ = fault::at(Moment::DoneTold);
         self.over.notify_one();
     }
 }
@@ -87,6 +98,8 @@ impl Worker {
 impl Handler for Worker {
     fn checkpoint(&self, job: CheckpointJob) -> (Result<CheckpointReport, String>, LowerOutput) {
         tracing::info!(container = job.container, image = %job.image.display(), "checkpoint");
+        self.begin(&job.timeouts);
+        let _busy = self.progress.busy();
         let (result, lower) = match device::cuda::open() {
             Ok(device) => checkpoint::run(device, &job, &self.wire, &self.progress),
             Err(e) => (Err(e.into()), LowerOutput::default()),
@@ -101,6 +114,8 @@ impl Handler for Worker {
 
     fn restore(&self, job: RestoreJob) -> Result<(), String> {
         tracing::info!(container = job.container, image = %job.image.display(), "restore");
+        self.begin(&job.timeouts);
+        let _busy = self.progress.busy();
         let result = restore::Restore::prepare(job, self.progress.clone()).map(|prepared| {
             *lock(&self.restore) = Some(prepared);
         });
@@ -112,6 +127,7 @@ impl Handler for Worker {
     }
 
     fn attach(&self, init_pid: i32) -> Result<RestoreReport, String> {
+        let _busy = self.progress.busy();
         let prepared = lock(&self.restore).take();
         let result = match prepared {
             Some(prepared) => prepared.attach(init_pid, &self.progress),
@@ -144,14 +160,18 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
     let [role, state_dir] = args else { return Err(WorkerError::Usage) };
     let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(WorkerError::Usage)?;
     start_log();
+    watchdog::end_on_panic();
+    // What the lower runtime leaves behind when it is killed (CRIU above all) ends where it can be waited for.
+    nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)?;
     // SAFETY: the keeper left its connection at this fd for us; nothing else in this process knows it.
     let fd = unsafe { OwnedFd::from_raw_fd(KEEPER_FD) };
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
         .map_err(io::Error::from)?;
-    let wire = Wire(Connection::new(fd));
+    let wire = Arc::new(Wire(Connection::new(fd)));
     if role == WorkerRole::Recover {
-        let device: Arc<dyn Device> = device::cuda::open().map_err(EngineError::from)?;
-        return Ok(recover::run(&device, &wire)?);
+        // The dead worker's.
+        let _ = std::fs::remove_file(Path::new(state_dir).join("engine.sock"));
+        return Ok(recover::run(&wire)?);
     }
     let worker = Arc::new(Worker {
         wire,
@@ -159,6 +179,16 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
         restore: Mutex::new(None),
         answered: Notify::new(),
         over: Notify::new(),
+    });
+    let idle = worker.clone();
+    thread::spawn(move || {
+        // The keeper says nothing: this returns when it is gone. A job under way is brought to its end all the same; for
+        // one that has not come nothing could be kept.
+        let _ = idle.wire.receive();
+        while idle.progress.is_busy() {
+            thread::sleep(LAST_WORDS);
+        }
+        idle.over.notify_one();
     });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let done = worker.clone();

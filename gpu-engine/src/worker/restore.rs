@@ -13,13 +13,14 @@ use super::wake::{Sleeper, wake};
 use crate::copy::{self, Regions, Tuning};
 use crate::device::{self, Device, DeviceError};
 use crate::error::EngineError;
+use crate::fault::{self, Moment};
 use crate::image::Image;
 use crate::job::{RestoreJob, RestoreReport};
 use crate::keeper::wire::{KeptProcess, Phase};
 use crate::peer::ControlDir;
 use crate::plan::{self, WantedGpu};
 use crate::processes;
-use crate::progress::Progress;
+use crate::progress::{Progress, State};
 
 /// A restore whose memory is being loaded.
 pub struct Restore {
@@ -94,7 +95,9 @@ fn joined(loading: JoinHandle<Result<Duration, EngineError>>) -> Result<Duration
 impl Restore {
     /// Checks everything that could make the restore impossible, begins to load, and returns once all memory is allocated.
     pub fn prepare(job: RestoreJob, progress: Arc<Progress>) -> Result<Self, EngineError> {
+        progress.step(State::Open, 0)?;
         let image = Arc::new(Image::open_complete(&job.image)?);
+        fault::at(Moment::ImageOpened)?;
         let device: Arc<dyn Device> = device::cuda::open()?;
         check(&image, &job, device.as_ref())?;
         let regions: Arc<Regions> = copy::regions(&image).into();
@@ -102,14 +105,21 @@ impl Restore {
         let loading = {
             let (device, image, regions) = (device.clone(), image.clone(), regions.clone());
             thread::spawn(move || {
+                let _busy = progress.busy();
                 let allocated = || {
                     let _ = allocated.send(());
                 };
-                copy::load(device.as_ref(), &image, &regions, Tuning::default(), &progress, allocated)
+                let tuning = Tuning::default();
+                let time = copy::load(device.as_ref(), &image, &regions, tuning, &progress, allocated)?;
+                fault::at(Moment::Loaded)?;
+                Ok(time)
             })
         };
         match is_allocated.recv() {
-            Ok(()) => Ok(Restore { device, job, image, regions, loading }),
+            Ok(()) => {
+                fault::at(Moment::Allocated)?;
+                Ok(Restore { device, job, image, regions, loading })
+            }
             // It ended before that.
             Err(_) => {
                 Err(joined(loading).err().unwrap_or(EngineError::Order("memory that is not allocated")))
@@ -172,7 +182,7 @@ impl Restore {
         let woken =
             wake(self.device.as_ref(), control.as_ref(), sleepers, &self.job.timeouts, progress, || {
                 load_time = joined(loading)?;
-                progress.step("wake", 0);
+                progress.step(State::Wake, 0)?;
                 Ok(())
             })?;
         let ms = |d: Duration| d.as_secs_f64() * 1e3;

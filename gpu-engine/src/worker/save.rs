@@ -80,6 +80,16 @@ pub fn remove_criu_images(folder: &Path) {
     }
 }
 
+/// Removes what there is of the GPU's part of an image.
+pub fn remove_begun(image: &Path) {
+    for entry in fs::read_dir(image).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_string_lossy().trim_start_matches('.').starts_with("phos") {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Size and digest of the `libphos.so` that the container's processes have mapped.
 pub(super) fn library_entry(path: &Path) -> io::Result<LibraryEntry> {
     let bytes = fs::read(path)?;

@@ -6,8 +6,9 @@ use std::thread;
 use crate::copy::BlockId;
 use crate::device::{Device, GpuId, Region};
 use crate::error::EngineError;
+use crate::fault;
 use crate::keeper::wire::{Held, KeptProcess, Packet, Phase, Wire};
-use crate::peer::{ControlDir, Library, TableUpdate};
+use crate::peer::{ControlDir, Library, PeerError, TableUpdate};
 use crate::processes::{self, Process};
 
 /// One physical allocation of a process.
@@ -43,7 +44,8 @@ impl Subject {
     /// Announces a phase to the keeper, before the step is taken.
     pub fn enter(&mut self, wire: &Wire, phase: Phase) -> Result<(), EngineError> {
         self.kept.phase = phase;
-        Ok(wire.send(&Packet::Process(self.kept.clone()), &[])?)
+        wire.send(&Packet::Process(self.kept.clone()), &[])?;
+        fault::at(phase)
     }
 
     /// Takes over what changed in the process's table and hands the new fds to the keeper.
@@ -103,6 +105,14 @@ impl KeptProcess {
     /// A driver error with the process's name on it.
     pub(crate) fn driver_error(&self, source: crate::device::DeviceError) -> EngineError {
         EngineError::Driver { pid: self.pid, command: self.command.clone(), source }
+    }
+
+    /// An error of a conversation with its library, with the process's name on it where that helps.
+    pub(crate) fn peer_error(&self, source: PeerError) -> EngineError {
+        match source {
+            PeerError::Busy { pid, text } => EngineError::Busy { pid, command: self.command.clone(), text },
+            other => other.into(),
+        }
     }
 
     /// Whether the process still is the one it was.

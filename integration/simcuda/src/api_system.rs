@@ -186,11 +186,17 @@ pub unsafe extern "C" fn cuGetExportTable(table: *mut *const c_void, _id: *const
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCheckpointProcessGetState(pid: c_int, state: *mut c_int) -> Code {
+    if let Some(code) = crate::fault::due("cuCheckpointProcessGetState") {
+        return code;
+    }
     code::of(checkpoint::state(pid).and_then(|s| put(state, s as c_int)))
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCheckpointProcessLock(pid: c_int, args: *const u32) -> Code {
+    if let Some(code) = crate::fault::due("cuCheckpointProcessLock") {
+        return code;
+    }
     // SAFETY: CUcheckpointLockArgs begins with the timeout in ms; null means none.
     let timeout = if args.is_null() { 0 } else { unsafe { *args } };
     checkpoint::ask(pid, checkpoint::LOCK, timeout)
@@ -198,15 +204,24 @@ pub unsafe extern "C" fn cuCheckpointProcessLock(pid: c_int, args: *const u32) -
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCheckpointProcessCheckpoint(pid: c_int, _args: *const c_void) -> Code {
+    if let Some(code) = crate::fault::due("cuCheckpointProcessCheckpoint") {
+        return code;
+    }
     checkpoint::ask(pid, checkpoint::CHECKPOINT, 0)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCheckpointProcessRestore(pid: c_int, _args: *const c_void) -> Code {
+    if let Some(code) = crate::fault::due("cuCheckpointProcessRestore") {
+        return code;
+    }
     checkpoint::ask(pid, checkpoint::RESTORE, 0)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCheckpointProcessUnlock(pid: c_int, _args: *const c_void) -> Code {
+    if let Some(code) = crate::fault::due("cuCheckpointProcessUnlock") {
+        return code;
+    }
     checkpoint::ask(pid, checkpoint::UNLOCK, 0)
 }

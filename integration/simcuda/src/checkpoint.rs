@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::code::{Code, ILLEGAL_STATE, INVALID_VALUE, NOT_READY, NOT_SUPPORTED, Result, SUCCESS};
+use crate::fault::{self, Outside};
 use crate::{context, device, space};
 
 const NAME: &str = "simcuda-ctl";
@@ -41,7 +42,11 @@ struct Block {
     asked: AtomicU32,
     /// Set to `asked` by the server when it is done; a futex.
     answered: AtomicU32,
+    /// Faults that another process asks for, and calls that were made. Nothing of the driver.
+    outside: Outside,
 }
+
+const _: () = assert!(size_of::<Block>() <= 4096);
 
 fn futex_wait(word: &AtomicU32, value: u32, limit: Duration) {
     let time = libc::timespec { tv_sec: limit.as_secs() as _, tv_nsec: limit.subsec_nanos() as _ };
@@ -132,6 +137,15 @@ fn unlock_calls() {
 static FD: AtomicI32 = AtomicI32::new(-1);
 static BLOCK: AtomicUsize = AtomicUsize::new(0);
 
+/// Tells this process's control block from that of the process it was restored from.
+pub fn block_inode() -> u64 {
+    // SAFETY: an all-zero stat is valid, and it is valid for writing.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        if libc::fstat(FD.load(Ordering::SeqCst), &mut stat) == 0 { stat.st_ino } else { 0 }
+    }
+}
+
 extern "C" fn in_child() {
     let fd = FD.swap(-1, Ordering::SeqCst);
     if fd >= 0 {
@@ -153,6 +167,7 @@ pub fn start() {
     };
     let Some(block) = map(&file) else { return };
     BLOCK.store(block as *const Block as usize, Ordering::SeqCst);
+    fault::OUTSIDE.store(&raw const block.outside as usize, Ordering::Release);
     FD.store(file.into_raw_fd(), Ordering::SeqCst);
     thread::spawn(move || serve(block));
     block.magic.store(MAGIC, Ordering::SeqCst);
@@ -181,6 +196,11 @@ fn serve(block: &Block) {
                 })
             }
             // What other processes share cannot come back; the process is lost.
+            // The process is lost by a fault that was asked for in its own control block.
+            (RESTORE, CHECKPOINTED) if fault::due("poison").is_some() => {
+                block.state.store(FAILED, Ordering::SeqCst);
+                Err(ILLEGAL_STATE)
+            }
             (RESTORE, CHECKPOINTED) if shared => {
                 block.state.store(FAILED, Ordering::SeqCst);
                 Err(NOT_SUPPORTED)

@@ -1,10 +1,14 @@
 //! Calls that fail on purpose.
 //!
 //! `SIMCUDA_FAIL=FUNCTION:N:CODE[,…]`: the Nth call of that exported function from now on (`*`: every one) returns the CUDA
-//! error CODE without doing anything; with `hang` for CODE it never returns. `simcuda_fail` replaces the rules at run time.
+//! error CODE without doing anything; with `hang` for CODE it never returns. `simcuda_fail` replaces the rules at run time, and
+//! so does [`Outside`], from another process. `SIMCUDA_CALLS=FILE` appends to FILE the name of every function that is called.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, c_char};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fs::File;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once};
 
 use crate::code::{Code, INVALID_VALUE, SUCCESS};
@@ -16,6 +20,68 @@ struct Rule {
     after: u64,
     /// None: hang.
     code: Option<Code>,
+}
+
+/// Bytes of text in [`Outside`].
+pub const TEXT: usize = 1024;
+
+/// What another process may do, in the process's control block (see `checkpoint`): write rules and count `asked` up; the names
+/// of the functions that are called from then on come back in `called`, each once, with a space behind it.
+#[repr(C)]
+pub struct Outside {
+    pub asked: AtomicU32,
+    pub rules: [AtomicU8; TEXT],
+    pub called: [AtomicU8; 2 * TEXT],
+}
+
+/// The control block's part, once there is one.
+pub static OUTSIDE: AtomicUsize = AtomicUsize::new(0);
+/// The control block that the rules came from: a process that was restored has another one, and no rules.
+static BLOCK: AtomicU64 = AtomicU64::new(0);
+/// The last count that was seen.
+static SEEN: AtomicU32 = AtomicU32::new(0);
+/// Calls are written down.
+static RECORDING: AtomicBool = AtomicBool::new(false);
+/// What was called, and whether it goes to a file.
+static CALLED: Mutex<(BTreeSet<String>, Option<File>)> = Mutex::new((BTreeSet::new(), None));
+
+fn outside() -> Option<&'static Outside> {
+    // SAFETY: null or the address of a mapping that is never unmapped; all its fields are atomics.
+    unsafe { (OUTSIDE.load(Ordering::Acquire) as *const Outside).as_ref() }
+}
+
+/// Takes over rules that another process has written.
+fn look_outside() {
+    let Some(block) = outside() else { return };
+    let asked = block.asked.load(Ordering::Acquire);
+    if asked == SEEN.load(Ordering::Relaxed) || SEEN.swap(asked, Ordering::SeqCst) == asked {
+        return;
+    }
+    let bytes: Vec<u8> =
+        block.rules.iter().map(|b| b.load(Ordering::Relaxed)).take_while(|b| *b != 0).collect();
+    block.called.iter().for_each(|b| b.store(0, Ordering::Relaxed));
+    CALLED.lock().unwrap_or_else(|e| e.into_inner()).0.clear();
+    RECORDING.store(true, Ordering::SeqCst);
+    BLOCK.store(crate::checkpoint::block_inode(), Ordering::SeqCst);
+    arm(std::str::from_utf8(&bytes).ok().and_then(parse).unwrap_or_default());
+}
+
+/// Writes a call down, the first time.
+fn record(function: &str) {
+    let mut called = CALLED.lock().unwrap_or_else(|e| e.into_inner());
+    if !called.0.insert(function.to_owned()) {
+        return;
+    }
+    if let Some(file) = &mut called.1 {
+        let _ = file.write_all(format!("{function}\n").as_bytes());
+    }
+    if let Some(block) = outside() {
+        let free = block.called.iter().position(|b| b.load(Ordering::Relaxed) == 0).unwrap_or(2 * TEXT);
+        if free + function.len() + 2 < 2 * TEXT {
+            let text = function.bytes().chain([b' ']);
+            block.called[free..].iter().zip(text).for_each(|(to, from)| to.store(from, Ordering::Relaxed));
+        }
+    }
 }
 
 static ARMED: AtomicBool = AtomicBool::new(false);
@@ -51,8 +117,23 @@ pub fn due(function: &str) -> Option<Code> {
         if let Some(rules) = std::env::var("SIMCUDA_FAIL").ok().and_then(|text| parse(&text)) {
             arm(rules);
         }
+        if let Some(path) = std::env::var_os("SIMCUDA_CALLS") {
+            CALLED.lock().unwrap_or_else(|e| e.into_inner()).1 =
+                File::options().create(true).append(true).open(path).ok();
+            RECORDING.store(true, Ordering::SeqCst);
+        }
     });
+    look_outside();
+    if RECORDING.load(Ordering::Relaxed) {
+        record(function);
+    }
     if !ARMED.load(Ordering::Relaxed) {
+        return None;
+    }
+    let block = BLOCK.load(Ordering::Relaxed);
+    if block != 0 && block != crate::checkpoint::block_inode() {
+        BLOCK.store(0, Ordering::SeqCst);
+        arm(Vec::new());
         return None;
     }
     let code = {

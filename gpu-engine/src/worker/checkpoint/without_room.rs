@@ -8,9 +8,13 @@ use crate::copy::{self, Ledger};
 use crate::device::{self, Device};
 use crate::error::EngineError;
 use crate::image::ImageWriter;
+use crate::progress::State;
 use crate::worker::folder::ImageFolder;
 use crate::worker::save;
 use crate::worker::subject::Subject;
+
+/// Everything that is written, and where.
+type Saved = (ImageWriter, Ledger);
 
 impl Checkpoint<'_> {
     /// Everything behind preflight.
@@ -22,7 +26,11 @@ impl Checkpoint<'_> {
         folder.require(self.job.bytes_in_files(bytes))?;
         self.subjects.iter_mut().flat_map(|s| &mut s.pieces).for_each(|p| p.region = None);
         let stopped = Instant::now();
-        let saved = self.stand_still_without_room().map_err(|cause| self.woken_after(cause))?;
+        match self.stand_still_without_room() {
+            Ok(None) => {}
+            Ok(Some((cause, saved))) => return self.rescue(cause, |c| c.commit_saved(saved)),
+            Err(cause) => return Err(self.woken_after(cause)),
+        }
         if self.job.leave_running {
             self.report.pause_ms = ms(stopped.elapsed());
         }
@@ -31,11 +39,11 @@ impl Checkpoint<'_> {
             bytes >> 20,
             self.report.copy_ms
         ));
-        self.progress.step("commit", 0);
-        save::commit(self.device.as_ref(), saved, None, self.job, &self.subjects, &mut self.report)
+        Ok(())
     }
 
-    fn stand_still_without_room(&mut self) -> Result<(ImageWriter, Ledger), EngineError> {
+    /// Returns why the container could not be woken although everything is saved.
+    fn stand_still_without_room(&mut self) -> Result<Option<(EngineError, Saved)>, EngineError> {
         self.park()?;
         self.detach()?;
         // A driver of its own, so that its contexts can go before the program's come back.
@@ -44,16 +52,31 @@ impl Checkpoint<'_> {
         self.subjects.iter_mut().flat_map(|s| &mut s.pieces).for_each(|p| p.region = None);
         device.close();
         let saved = copied?;
-        self.dump()?;
-        if self.job.leave_running {
-            let woken = self.wake(|| ())?;
-            self.report.driver_restore_ms = ms(woken.driver);
-            self.report.attach_ms = ms(woken.attach_wall);
+        if !self.job.leave_running {
+            self.commit_saved(saved)?;
+            self.dump()?;
+            return Ok(None);
         }
-        Ok(saved)
+        self.dump()?;
+        match self.wake(|| ()) {
+            Ok(woken) => {
+                self.report.driver_restore_ms = ms(woken.driver);
+                self.report.attach_ms = ms(woken.attach_wall);
+                self.commit_saved(saved)?;
+                Ok(None)
+            }
+            Err(cause) => Ok(Some((cause, saved))),
+        }
     }
 
-    fn copy_everything(&mut self, device: &dyn Device) -> Result<(ImageWriter, Ledger), EngineError> {
+    fn commit_saved(&mut self, saved: Saved) -> Result<(), EngineError> {
+        self.progress.step(State::Commit, 0)?;
+        let (device, job) = (self.device.clone(), self.job);
+        save::commit(device.as_ref(), saved, None, job, &self.subjects, &mut self.report)?;
+        self.image_is_complete()
+    }
+
+    fn copy_everything(&mut self, device: &dyn Device) -> Result<Saved, EngineError> {
         self.subjects.iter_mut().try_for_each(|s| s.import(device))?;
         let mut ledger = Ledger::default();
         save::update(&mut ledger, &self.subjects);

@@ -1,0 +1,423 @@
+//! Runs one fault after the other on one container, for as long as it lives.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use phos_engine::image::Image;
+
+use super::leaks::{Inventory, others, wait_until_quiet};
+use super::{Action, Case, Outcome, Place, Row, Way, driver};
+use crate::container::{Container, Ended, Place as Folder};
+use crate::status;
+
+/// How long a job and all that puts it right may take.
+const LIMIT: Duration = Duration::from_secs(90);
+/// How long the program may take for its next steps once all is quiet.
+const STEPS: Duration = Duration::from_secs(20);
+
+/// Limits short enough that a call that hangs costs seconds.
+const CONFIG: &str = "drain_timeout = 3\nlock_timeout = 3\ndriver_timeout = 3\nattach_timeout = 6\nstall_timeout = 3\ncriu_timeout = 20\n";
+
+/// Takes the foreground with it when it is killed.
+const SHIM: &str = "setpriv --pdeathsig KILL -- \"$0\" \"$@\"; true";
+
+/// Stands in for the lower runtime (`$1` its real path) or for CRIU and kills it, if it is told to.
+fn wrapper(real: &std::path::Path, variable: &str, verb: &str) -> String {
+    format!(
+        "#!/bin/sh\ncase \"$1 $*\" in {verb}) [ -z \"${variable}\" ] || {{ \"{real}\" \"$@\" & p=$!; sleep ${variable}; kill -9 $p; wait $p; exit; }} ;; esac\nexec \"{real}\" \"$@\"\n",
+        real = real.display()
+    )
+}
+
+/// A place with one container, on which faults are made.
+pub struct Bench<'a> {
+    folder: &'a Folder,
+    container: Option<Container<'a>>,
+    before: Inventory,
+    /// Restores every image that is complete, also of a program that runs on.
+    pub restore_all: bool,
+}
+
+fn script(path: PathBuf, text: &str) -> Result<PathBuf> {
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+impl<'a> Bench<'a> {
+    /// Prepares a place.
+    pub fn new(folder: &'a Folder) -> Result<Self> {
+        fs::write(folder.path("config.toml"), CONFIG)?;
+        fs::create_dir_all(folder.path("criu-wrapper"))?;
+        script(
+            folder.path("criu-wrapper").join("criu"),
+            &wrapper(&folder.tools.criu, "FAULT_CRIU", "'swrk '*"),
+        )?;
+        script(
+            folder.path("lower-wrapper"),
+            &wrapper(&folder.tools.runc, "FAULT_LOWER", "*' checkpoint '*|*' restore '*"),
+        )?;
+        Ok(Bench { folder, container: None, before: Inventory::default(), restore_all: false })
+    }
+
+    fn container(&self) -> Result<&Container<'a>> {
+        self.container.as_ref().context("no container")
+    }
+
+    /// A container that runs.
+    fn ready(&mut self) -> Result<()> {
+        if self.container.is_none() {
+            let container = self.folder.sample(&["--mib", "24", "--step-ms", "2"])?;
+            container.start()?;
+            container.steps(3)?;
+            self.container = Some(container);
+            // What every checkpoint leaves in a program (a thread's memory, a region made beforehand) is no leak of a fault.
+            self.container()?.checkpoint("warm", true)?;
+            self.image_removed("warm")?;
+            wait_until_quiet(LIMIT);
+            self.container()?.steps(2)?;
+            let taken = Inventory::take(self.folder, self.container()?);
+            self.before = taken.context("the container does not run")?;
+        }
+        Ok(())
+    }
+
+    fn image_removed(&self, name: &str) -> Result<()> {
+        let image = self.container()?.image(name);
+        let _ = fs::remove_dir_all(&image);
+        for suffix in [".phos-earlier", ".phos-moving"] {
+            let mut path = image.clone().into_os_string();
+            path.push(suffix);
+            let _ = fs::remove_dir_all(path);
+        }
+        Ok(())
+    }
+
+    fn faults(&self) -> PathBuf {
+        self.folder.path("fault")
+    }
+
+    /// What the environment must have for a case.
+    fn overlay(&self, case: &Case) -> Vec<(&'static str, OsString)> {
+        let mut rules = Vec::new();
+        let mut calls = Vec::new();
+        let mut variables = vec![("PHOS_FAULT_DIR", self.faults().into_os_string())];
+        match &case.place {
+            Place::Point(name, arrival) => rules.push(format!("{name}@{arrival}={}", case.action.rule())),
+            Place::Worker(call, code, always) => {
+                calls.push(format!("{call}:{}:{code}", if *always { "*" } else { "1" }));
+            }
+            Place::Lower(ms) => {
+                variables.push(("PHOS_LOWER_RUNTIME", self.folder.path("lower-wrapper").into()));
+                variables.push(("FAULT_LOWER", format!("{}", f64::from(*ms) / 1e3).into()));
+            }
+            Place::Criu(ms) => {
+                variables.push(("PHOS_CRIU", self.folder.path("criu-wrapper/criu").into()));
+                variables.push(("FAULT_CRIU", format!("{}", f64::from(*ms) / 1e3).into()));
+            }
+            Place::Nowhere | Place::Program(..) => {}
+        }
+        match case.way {
+            Way::Precopy => variables.push(("PHOS_STRATEGY", "precopy".into())),
+            Way::Recovery => rules.push("phase.detaching=kill".into()),
+            Way::Lost => {
+                rules.push("at.dump-told=kill".into());
+                calls.push("cuCheckpointProcessRestore:*:999".into());
+            }
+            _ => {}
+        }
+        variables.push(("PHOS_FAULT", rules.join(",").into()));
+        variables.push(("SIMCUDA_FAIL", calls.join(",").into()));
+        variables.push(("SIMCUDA_CALLS", self.faults().join("calls").into()));
+        variables
+    }
+
+    /// Functions of the driver that the program calls by itself.
+    pub fn programs_calls(&mut self) -> Result<Vec<String>> {
+        self.ready()?;
+        let pid = self.container()?.pid()?;
+        driver::arm(pid, "")?;
+        self.container()?.steps(10)?;
+        driver::called(pid)
+    }
+
+    /// Makes a fault and says what came of it. An error is one of the bench itself.
+    pub fn run(&mut self, case: &Case) -> Result<Row> {
+        self.ready()?;
+        let _ = fs::remove_dir_all(self.faults());
+        fs::create_dir_all(self.faults())?;
+        self.image_removed("image")?;
+        match case.way {
+            Way::Again | Way::Recovery => {
+                self.container()?.checkpoint("image", true)?;
+                wait_until_quiet(LIMIT);
+                if case.way == Way::Again {
+                    self.container()?.verb("pause", &[])?;
+                }
+            }
+            Way::Restore => {
+                self.container()?.checkpoint("image", false)?;
+                self.container()?.verb("delete", &["--force"])?;
+            }
+            _ => {}
+        }
+        let pid = match case.way {
+            Way::Restore => 0,
+            _ => self.container()?.pid()?,
+        };
+        if let Place::Program(call, code, always) = &case.place {
+            driver::arm(pid, &format!("{call}:{}:{code}", if *always { "*" } else { "1" }))?;
+        } else if pid > 0 {
+            driver::arm(pid, "")?;
+        }
+        self.folder.overlay(self.overlay(case));
+        let ended = if case.action.is_outside() { self.meddle(case) } else { self.command(case, None) };
+        // What is done from outside may still wait to be let go.
+        fs::write(self.faults().join("go"), "")?;
+        self.folder.overlay([]);
+        let ended = ended?;
+        let mut leaked: Vec<String> =
+            wait_until_quiet(LIMIT).into_iter().map(|p| format!("process {p}")).collect();
+        if !leaked.is_empty() {
+            for (pid, _) in others() {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+        }
+        let lines = |name: &str| -> Vec<String> {
+            let text = fs::read_to_string(self.faults().join(name)).unwrap_or_default();
+            text.lines().map(Into::into).collect()
+        };
+        let (worker_calls, mut reached) = (lines("calls"), lines("reached"));
+        // A program that has ended has no driver.
+        let program_calls = driver::called(pid).unwrap_or_default();
+        let _ = driver::arm(pid, "");
+        let struck = match &case.place {
+            Place::Point(..) => self.faults().join("struck0").exists(),
+            Place::Worker(call, ..) => worker_calls.contains(call),
+            Place::Program(call, ..) => program_calls.contains(call) || program_calls.is_empty(),
+            _ => true,
+        };
+        let outcome = match self.judge(case, &ended, &mut leaked) {
+            Ok(outcome) => outcome,
+            Err(e) => Outcome::Lost(format!("{e:#}").replace('\n', " ")),
+        };
+        reached.sort();
+        if matches!(outcome, Outcome::Lost(_) | Outcome::Gone) || !leaked.is_empty() {
+            // The next fault gets a new one.
+            self.container = None;
+        }
+        let said = ended.text.trim().lines().last().unwrap_or_default().to_string();
+        Ok(Row { case: case.clone(), struck, outcome, leaked, said, reached, worker_calls, program_calls })
+    }
+
+    fn command(&self, case: &Case, shell: Option<&str>) -> Result<Ended> {
+        let container = self.container()?;
+        let flags = container.image_flags("image")?;
+        let mut words: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let bundle = container.bundle.path.to_str().context("path")?;
+        let verb = match case.way {
+            Way::Restore => {
+                words.extend(["--detach", "--bundle", bundle]);
+                "restore"
+            }
+            Way::Stopping => "checkpoint",
+            _ => {
+                words.push("--leave-running");
+                "checkpoint"
+            }
+        };
+        container.try_verb_through(shell, verb, &words)
+    }
+
+    /// Runs the command, and does something while one of its processes waits at a point.
+    fn meddle(&self, case: &Case) -> Result<Ended> {
+        let shell = (case.action == Action::KillShim).then_some(SHIM);
+        thread::scope(|scope| {
+            let command = scope.spawn(|| self.command(case, shell));
+            let deadline = Instant::now() + LIMIT;
+            while !self.faults().join("struck0").exists() && !command.is_finished() {
+                ensure!(Instant::now() < deadline, "the point was not reached");
+                thread::sleep(Duration::from_millis(1));
+            }
+            let done = if command.is_finished() { Ok(()) } else { self.act(case) };
+            if case.action != Action::Freeze {
+                fs::write(self.faults().join("go"), "")?;
+            }
+            let ended = command.join().map_err(|_| anyhow::anyhow!("the command's thread panicked"))?;
+            done.and(ended)
+        })
+    }
+
+    fn act(&self, case: &Case) -> Result<()> {
+        let container = self.container()?;
+        let with = |words: &[&str]| {
+            others()
+                .into_iter()
+                .find(|(_, line)| words.iter().all(|w| line.contains(w)))
+                .map(|(pid, _)| Pid::from_raw(pid))
+        };
+        match case.action {
+            Action::KillForeground => {
+                let pid = with(&["phos-runc", "--image-path", "--log-format"]).context("no foreground")?;
+                kill(pid, Signal::SIGKILL)?;
+            }
+            Action::KillShim => kill(with(&["sh -c setpriv"]).context("no shim")?, Signal::SIGKILL)?,
+            Action::KillKeeper => kill(with(&["__keeper"]).context("no keeper")?, Signal::SIGKILL)?,
+            Action::RemoveImage => fs::remove_dir_all(container.image("image"))?,
+            Action::Freeze => {
+                self.set_frozen(true)?;
+                fs::write(self.faults().join("go"), "")?;
+            }
+            Action::KillProgram => kill(Pid::from_raw(container.pid()?), Signal::SIGKILL)?,
+            Action::Delete => {
+                // It waits for the job, which waits for `go`.
+                thread::scope(|scope| {
+                    let delete = scope.spawn(|| container.try_verb("delete", &["--force"]));
+                    thread::sleep(Duration::from_millis(300));
+                    fs::write(self.faults().join("go"), "")?;
+                    delete.join().map_err(|_| anyhow::anyhow!("the delete's thread panicked"))??;
+                    anyhow::Ok(())
+                })?;
+            }
+            Action::Checkpoint => {
+                let ended = container.try_checkpoint("second", true)?;
+                ensure!(ended.status != 0 && ended.text.contains("under way"), "{ended:?}");
+                ensure!(!container.image("second").exists(), "the second checkpoint left something behind");
+            }
+            Action::Exec => {
+                // In a frozen container it waits for the thaw.
+                let mark = container.bundle.out.join("exec");
+                let _ = fs::remove_file(&mark);
+                container.place.command(
+                    std::path::Path::new("/bin/sh"),
+                    &[
+                        "-c",
+                        "\"$0\" --root \"$1\" exec --detach \"$2\" /bin/sh -c ': >/out/exec' >/dev/null 2>&1 &",
+                        container.runtime.to_str().context("path")?,
+                        container.place.path("root").to_str().context("path")?,
+                        &container.id,
+                    ],
+                    true,
+                )?;
+                thread::sleep(Duration::from_millis(100));
+            }
+            other => bail!("{other} is not done from outside"),
+        }
+        Ok(())
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<()> {
+        let id = &self.container()?.id;
+        let old = PathBuf::from("/sys/fs/cgroup/freezer").join(id).join("freezer.state");
+        if old.exists() {
+            return Ok(fs::write(old, if frozen { "FROZEN" } else { "THAWED" })?);
+        }
+        let new = PathBuf::from("/sys/fs/cgroup").join(id).join("cgroup.freeze");
+        Ok(fs::write(new, if frozen { "1" } else { "0" })?)
+    }
+
+    /// Whether the folder of the image has something in it that is not a complete image.
+    fn image(&self) -> Result<Option<Image>> {
+        let path = self.container()?.image("image");
+        for suffix in [".phos-earlier", ".phos-moving"] {
+            let mut left = path.clone().into_os_string();
+            left.push(suffix);
+            ensure!(!PathBuf::from(&left).exists(), "{left:?} was left behind");
+        }
+        if fs::read_dir(&path).map_or(0, Iterator::count) == 0 {
+            return Ok(None);
+        }
+        let image = Image::open_complete(&path).context("a partial image was left")?;
+        image.verify().context("the image is not what it says")?;
+        Ok(Some(image))
+    }
+
+    fn judge(&self, case: &Case, ended: &Ended, leaked: &mut Vec<String>) -> Result<Outcome> {
+        let container = self.container()?;
+        let image = match self.image() {
+            Ok(image) => image,
+            Err(e) => {
+                leaked.push(format!("{e:#}"));
+                None
+            }
+        };
+        if case.way != Way::Restore && ended.status == 0 && image.is_none() {
+            let removed = matches!(case.action, Action::RemoveImage | Action::Delete);
+            ensure!(removed, "success was reported, and there is no image");
+        }
+        let mut state = container.state()?;
+        if state == "paused" {
+            container.verb("resume", &[])?;
+            state = container.state()?;
+        }
+        if case.action == Action::Delete {
+            ensure!(state.is_empty(), "it was deleted and is {state}");
+            return Ok(Outcome::Gone);
+        }
+        if state == "running" {
+            let more = status::wait_for(&container.status_file(), 2, STEPS)?;
+            status::check(&more)?;
+            self.compare(leaked)?;
+            return match image {
+                Some(_) if self.restore_all && case.way != Way::Restore => {
+                    self.restored(true)?;
+                    Ok(Outcome::RunsWithImage)
+                }
+                Some(_) if case.way != Way::Restore => Ok(Outcome::RunsWithImage),
+                _ => Ok(Outcome::Runs),
+            };
+        }
+        if case.action == Action::KillProgram && image.is_none() {
+            return Ok(Outcome::Gone);
+        }
+        if image.is_none() {
+            bail!("it is {state:?}, and there is no image; {}: {}", ended.status, ended.text.trim());
+        }
+        // What was restored may have made a step before it was given up.
+        self.restored(case.way == Way::Restore)?;
+        self.compare(leaked)?;
+        Ok(Outcome::Restored)
+    }
+
+    /// Restores the image. `again`: of a moment before the last steps.
+    fn restored(&self, again: bool) -> Result<()> {
+        let container = self.container()?;
+        container.try_verb("delete", &["--force"])?;
+        if again {
+            fs::write(container.status_file(), "")?;
+        }
+        let ended = container.try_restore("image")?;
+        if ended.status != 0 {
+            let mut text =
+                fs::read_to_string(container.image("image.work").join("restore.log")).unwrap_or_default();
+            text = text.lines().filter(|l| l.contains("Error")).collect::<Vec<_>>().join("; ");
+            bail!("the image is not restored: {}; {text}", container.last_error().unwrap_or_default());
+        }
+        wait_until_quiet(LIMIT);
+        let lines = status::wait_for(&container.status_file(), 2, STEPS)?;
+        status::check(&lines)
+    }
+
+    fn compare(&self, leaked: &mut Vec<String>) -> Result<()> {
+        let container = self.container()?;
+        let deadline = Instant::now() + Duration::from_secs(3);
+        // A descriptor or a thread may be about to go.
+        let left = loop {
+            let now = Inventory::take(self.folder, container).unwrap_or_default();
+            let left = now.beyond(&self.before);
+            if left.is_empty() || Instant::now() > deadline {
+                break left;
+            }
+            thread::sleep(Duration::from_millis(20));
+        };
+        leaked.extend(left);
+        Ok(())
+    }
+}
