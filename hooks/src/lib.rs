@@ -8,6 +8,7 @@
 //! late     mounts that only hooks make: declared to CRIU, remembered for restore (pure)
 //! merge    for restore: what the engine's new configuration lacks (pure)
 //! again    for restore: where on this host the files are now that were mounted
+//! shape    whether a configuration can be edited at all (pure)
 //! ```
 //!
 //! Configurations are edited as JSON values: fields this crate does not know stay as they are.
@@ -18,6 +19,7 @@ pub mod late;
 pub mod locate;
 pub mod merge;
 pub mod plan;
+pub mod shape;
 
 use std::path::{Path, PathBuf};
 
@@ -25,6 +27,7 @@ use serde_json::Value;
 
 pub use detect::Mode;
 pub use plan::Edit;
+pub use shape::check;
 
 /// What the host offers.
 #[derive(Debug, Clone)]

@@ -4,11 +4,11 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use phos_hooks::{Host, detect, inject, plan};
+use phos_hooks::{Host, Injection, detect, inject, plan};
 
 use crate::context::Context as Run;
-use crate::log;
 use crate::state::{StateDir, read_spec, write_spec};
+use crate::{log, privilege};
 
 /// The bundle a command line names.
 pub fn bundle(run: &Run) -> Result<PathBuf> {
@@ -38,7 +38,13 @@ fn prepare(run: &Run, id: &str) -> Result<Option<StateDir>> {
         return Ok(None);
     }
     let host = host(run, &state)?;
-    let injection = inject(&spec, &bundle, &host);
+    let mut injection = inject(&spec, &bundle, &host);
+    if let Some(reason) = privilege::lacking().filter(|_| !injection.edits.is_empty()) {
+        // It runs as it would without phos-runc.
+        let note =
+            format!("libphos.so is not put into this container, which cannot be checkpointed: {reason}");
+        injection = Injection { edits: Vec::new(), notes: vec![note] };
+    }
     injection.notes.iter().for_each(|n| log::warn(&run.args, n));
     if injection.edits.is_empty() {
         return Ok(None);

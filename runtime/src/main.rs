@@ -15,6 +15,7 @@ mod gpu;
 mod inspect;
 mod log;
 mod lower;
+mod privilege;
 mod progress;
 mod restore;
 mod state;

@@ -20,7 +20,7 @@ use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
 use crate::state::{StateDir, read_spec, write_spec};
-use crate::{criu_log, log, progress, trace};
+use crate::{criu_log, log, privilege, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
 const START: Duration = Duration::from_secs(20);
@@ -34,6 +34,7 @@ pub fn run(run: &Context) -> Result<i32> {
         // No GPU image: the lower runtime's own, or none at all, which it says itself.
         return Err(run.lower.exec(args));
     }
+    privilege::require("restore")?;
     let opened = Image::open_complete(&image)?;
     let state = StateDir::of(args, &run.config, id)?;
     if run.lower.state(args, id)?.is_some() {
@@ -79,6 +80,7 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
         container: run.args.id().unwrap_or_default().to_string(),
         control_dir: state.control_dir(),
         image: path.to_path_buf(),
+        manifest: image.digest.clone(),
         timeouts: run.config.timeouts(),
         library: Some(host.library),
     };

@@ -20,6 +20,7 @@
 //! All integers are little-endian. Readers refuse what they do not know. Sizes and counts are checked against each
 //! other and against the real files before anything is allocated; each chunk is checked by its digest as it is read.
 
+mod bounded;
 mod chunks;
 mod manifest;
 mod pack;
@@ -31,7 +32,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-pub use chunks::{ChunkTable, Location, Saved};
+pub use chunks::{ChunkTable, FileKind, Location, Saved};
 pub use manifest::{
     Allocation, DriverEntry, FEATURE_PARENT, FEATURE_PRE_DUMP, FEATURE_SHARED, FileEntry, GpuEntry,
     IndexEntry, LibraryEntry, Manifest, ParentEntry, ProcessEntry, SharedEntry,
@@ -114,6 +115,9 @@ pub enum ImageError {
     /// A pre-dump, which has nothing of the CPU side and was written while the program ran.
     #[error("image {0} is a pre-dump: restore from the checkpoint that was made with --parent-path on it")]
     PreDump(PathBuf),
+    /// The manifest is another one than a moment ago.
+    #[error("image {0} was changed while it was being restored: try again when nothing writes to it")]
+    Changed(PathBuf),
     /// A file is not what the manifest says.
     #[error("image file {path} is damaged: {what}")]
     Damaged {
@@ -134,5 +138,7 @@ impl ImageError {
     }
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

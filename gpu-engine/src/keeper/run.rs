@@ -20,6 +20,7 @@ use thiserror::Error;
 use super::start::WorkerRole;
 use super::wire::{Held, KeptProcess, Outcome, Packet, Phase, Wire, WireError};
 use crate::job::CheckpointJob;
+use crate::privilege;
 
 /// How often a dead worker is replaced. Each attempt starts from what is known; a fourth would not differ.
 const RECOVERIES: u32 = 3;
@@ -192,6 +193,8 @@ pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
         return Ok(());
     }
     setsid().map_err(io::Error::from)?;
+    // Less is safer, but no reason not to hold what must be held.
+    let _ = privilege::keep(privilege::KEEPER);
     // A worker's orphans (the lower runtime, CRIU) must end where they can be waited for.
     nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)?;
     let mut kept = Kept::default();

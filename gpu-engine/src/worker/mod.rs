@@ -26,7 +26,8 @@ use crate::device::{self, Device};
 use crate::error::EngineError;
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
 use crate::keeper::WorkerRole;
-use crate::keeper::wire::{Outcome, Packet, Wire};
+use crate::keeper::wire::{Outcome, Wire};
+use crate::privilege;
 use crate::progress::Progress;
 use crate::service::{self, Handler, LowerOutput};
 
@@ -77,7 +78,7 @@ impl Worker {
             }
             Err(e) => Outcome { error: e.to_string(), report: String::new() },
         };
-        if let Err(e) = self.wire.send(&Packet::Finished(outcome), &[]) {
+        if let Err(e) = self.wire.finish(outcome) {
             tracing::warn!(error = %e, "the keeper is gone");
         }
         self.over.notify_one();
@@ -144,6 +145,10 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
     let [role, state_dir] = args else { return Err(WorkerError::Usage) };
     let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(WorkerError::Usage)?;
     start_log();
+    // Before there is a second thread: capabilities are each thread's own.
+    if let Err(e) = privilege::keep(privilege::WORKER) {
+        tracing::warn!(error = %e, "capabilities were not given up");
+    }
     // SAFETY: the keeper left its connection at this fd for us; nothing else in this process knows it.
     let fd = unsafe { OwnedFd::from_raw_fd(KEEPER_FD) };
     nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
