@@ -6,7 +6,7 @@ PROFILE ?= release
 DESTDIR ?=
 CARGO ?= cargo
 
-.PHONY: all demo test test-embedded setup build debug release install uninstall kernels plot gpu-bundle
+.PHONY: fuzz licences all demo test test-embedded setup build debug release install uninstall kernels plot gpu-bundle
 
 all: release
 
@@ -64,3 +64,13 @@ plot:
 # A folder that runs the GPU tests and benchmarks on a machine without packages.
 gpu-bundle:
 	integration/scripts/gpu-bundle.sh
+
+# Fuzzes everything that is read from outside, SECONDS each (`cargo install cargo-fuzz`, `rustup toolchain install nightly`).
+SECONDS ?= 600
+fuzz:
+	cd integration/fuzz/libfuzzer && $(CARGO) +nightly fuzz build --fuzz-dir .
+	integration/fuzz/run.py $(SECONDS)
+
+# The list of all crates that are built in, by licence.
+licences:
+	integration/scripts/licences.py --write

@@ -148,7 +148,8 @@ fn is_orphan(mount: &Mounted, container: &[Mounted]) -> bool {
 /// Whether a path can stand in CRIU's configuration file. A container may choose its mounts' names, and CRIU runs what a
 /// line of that file tells it to.
 fn is_plain(path: &Path) -> bool {
-    path.to_str().is_some_and(|p| p.chars().all(|c| c.is_ascii_graphic() && !"#\"'[]".contains(c)))
+    let plain = |p: &str| p.chars().all(|c| c.is_ascii_graphic() && !"#\"'[]".contains(c));
+    path.is_absolute() && path.to_str().is_some_and(plain)
 }
 
 /// Options for CRIU's configuration file that declare the mounts, so that they can be dumped. The names are those that

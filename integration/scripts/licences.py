@@ -1,14 +1,20 @@
 #!/usr/bin/env python3
 """Checks the licence and the source of every crate that is built into the product or its tests: each must offer a licence
-of the list below, and come from the registry or this workspace. Prints the crates by licence."""
+of the list below, come from the registry or this workspace, and none is banned. Prints the crates by licence, or writes
+contrib/docs/licences.md (--write)."""
 import collections
 import json
+import pathlib
 import re
 import subprocess
 import sys
 
 ALLOWED = {"Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "0BSD", "Unlicense", "Unicode-3.0",
            "Apache-2.0 WITH LLVM-exception", "CC0-1.0", "BSL-1.0", "MIT-0"}
+
+# What the product does without: other people's TLS, and runtimes beside tokio.
+BANNED = {"openssl", "openssl-sys", "native-tls", "async-std", "smol"}
+DOC = pathlib.Path(__file__).resolve().parents[2] / "contrib" / "docs" / "licences.md"
 
 
 def offered(expression):
@@ -31,8 +37,27 @@ for package in json.loads(text)["packages"]:
     by_licence[licence].append(f"{package['name']} {package['version']}")
     if not offered(licence):
         bad.append(f"{package['name']} {package['version']}: licence '{licence}' is not in the list")
+    if package["name"] in BANNED:
+        bad.append(f"{package['name']} {package['version']}: is banned")
+    for dependency in package["dependencies"] if source is None else ():
+        if dependency["req"] == "*" and not dependency.get("path"):
+            bad.append(f"{package['name']}: takes any version of {dependency['name']}")
     if source is not None and not source.startswith(("registry+", "sparse+")):
         bad.append(f"{package['name']} {package['version']}: comes from {source}, not from the registry")
-for licence, crates in sorted(by_licence.items(), key=lambda item: -len(item[1])):
-    print(f"{licence}: {', '.join(sorted(crates))}")
+listed = [(licence, ", ".join(sorted(crates))) for licence, crates in
+          sorted(by_licence.items(), key=lambda item: (-len(item[1]), item[0]))]
+if sys.argv[1:] == ["--write"]:
+    rows = "\n".join(f"| {licence} | {crates} |" for licence, crates in listed)
+    DOC.write_text(f"""# Crates and their licences
+
+Every crate that is built into the product or its tests, by `make licences`. Each offers a licence that goes with Apache-2.0 and
+comes from the registry or from this workspace.
+
+| licence | crates |
+| --- | --- |
+{rows}
+""")
+else:
+    for licence, crates in listed:
+        print(f"{licence}: {crates}")
 sys.exit("\n".join(bad) if bad else 0)
