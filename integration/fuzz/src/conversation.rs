@@ -114,7 +114,10 @@ fn packet(u: &mut Unstructured<'_>, pid: i32) -> Result<(Vec<u8>, Vec<OwnedFd>)>
     Ok((bytes, (0..count).map(|_| fd(u)).collect::<Result<_>>()?))
 }
 
-fn script(data: &[u8], pid: i32) -> (u8, Vec<(Vec<u8>, Vec<OwnedFd>)>) {
+/// Packets with their descriptors.
+type Packets = Vec<(Vec<u8>, Vec<OwnedFd>)>;
+
+fn script(data: &[u8], pid: i32) -> (u8, Packets) {
     let mut u = Unstructured::new(data);
     let what = u.int_in_range(0..=3).unwrap_or(0);
     let mut packets = Vec::new();
@@ -128,7 +131,7 @@ fn script(data: &[u8], pid: i32) -> (u8, Vec<(Vec<u8>, Vec<OwnedFd>)>) {
 }
 
 /// Says everything at once, then nothing more.
-fn recite(socket: OwnedFd, packets: &[(Vec<u8>, Vec<OwnedFd>)]) -> OwnedFd {
+fn recite(socket: OwnedFd, packets: &Packets) -> OwnedFd {
     let fd = socket.as_raw_fd();
     let peer = Connection::new(socket);
     let _ = peer.set_timeout(Some(Duration::from_secs(1)));
@@ -212,7 +215,7 @@ pub fn peer(data: &[u8]) {
 
 type Told<T> = std::result::Result<T, phos_engine::peer::PeerError>;
 
-fn ask(place: &Place, pid: i32, what: u8, packets: &[(Vec<u8>, Vec<OwnedFd>)]) -> Told<()> {
+fn ask(place: &Place, pid: i32, what: u8, packets: &Packets) -> Told<()> {
     thread::scope(|scope| {
         let other = scope.spawn(|| {
             // SAFETY: accept returns a new fd or -1; the host always connects first.
@@ -242,7 +245,7 @@ fn ask(place: &Place, pid: i32, what: u8, packets: &[(Vec<u8>, Vec<OwnedFd>)]) -
     })
 }
 
-fn attach(place: &Place, pid: i32, packets: &[(Vec<u8>, Vec<OwnedFd>)]) -> Told<()> {
+fn attach(place: &Place, pid: i32, packets: &Packets) -> Told<()> {
     let listener = AttachListener::bind(&place.control)?;
     thread::scope(|scope| {
         let other = scope.spawn(|| {
