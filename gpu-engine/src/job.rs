@@ -139,6 +139,8 @@ pub struct RestoreJob {
     pub control_dir: PathBuf,
     /// Absolute path of the image folder.
     pub image: PathBuf,
+    /// Digest of the manifest that the container's configuration was taken from, hexadecimal.
+    pub manifest: String,
     /// Limits.
     pub timeouts: Timeouts,
     /// Host path of the `libphos.so` that will be mounted, if any.

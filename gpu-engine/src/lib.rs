@@ -13,4 +13,5 @@ pub mod plan;
 pub mod processes;
 pub mod progress;
 pub mod service;
+pub mod text;
 pub mod worker;

@@ -7,18 +7,20 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use crate::image::CHUNK;
+use crate::text::plain;
+use nix::fcntl::{OFlag, RenameFlags, openat, renameat2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
 };
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::unlinkat;
+use nix::unistd::{UnlinkatFlags, unlinkat};
 use phos_protocol::message::{Entry, Message, Summary, Timings, failure};
 use phos_protocol::{Connection, MAX_FDS, TransportError, VERSION, paths};
 use std::os::fd::AsFd;
@@ -28,6 +30,10 @@ use thiserror::Error;
 const ANSWER: Duration = Duration::from_secs(10);
 /// How long a whole table may take.
 const TABLE: Duration = Duration::from_secs(20);
+/// How long a process may take to attach, and how much longer for each piece of memory (measured: 55 µs).
+const ATTACH: Duration = Duration::from_secs(60);
+/// See [`ATTACH`].
+const ATTACH_EACH: Duration = Duration::from_micros(500);
 /// Most allocations one process may have. A table of this length needs 60 MB here.
 const MAX_ENTRIES: usize = 1 << 20;
 
@@ -99,8 +105,35 @@ impl ControlDir {
 
     /// A short path to `name` in the folder: Unix socket addresses hold 107 bytes only.
     fn address(&self, name: &str) -> Result<UnixAddr> {
-        let path = format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd());
+        let path = format!("{}/{name}", descriptor(&self.fd));
         UnixAddr::new(path.as_str()).map_err(|e| self.error(e))
+    }
+
+    /// The socket `name` itself, `None` if there is none. A link is none, wherever it leads.
+    fn socket(&self, name: &str) -> Result<Option<File>> {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let file = match openat(&self.fd, name, flags, Mode::empty()) {
+            Ok(fd) => File::from(fd),
+            Err(nix::Error::ENOENT) => return Ok(None),
+            Err(e) => return Err(self.error(e)),
+        };
+        let kind = file.metadata().map_err(|e| self.error(e))?.file_type();
+        Ok(kind.is_socket().then_some(file))
+    }
+
+    /// Makes room for a socket. What cannot be removed at once (a folder that somebody filled) is moved out of the way: it
+    /// goes with the control folder.
+    fn clear(&self, name: &str) {
+        if !matches!(unlinkat(&self.fd, name, UnlinkatFlags::NoRemoveDir), Err(nix::Error::EISDIR)) {
+            return;
+        }
+        for n in 0..u32::from(u8::MAX) {
+            let aside = format!(".{name}.{n}");
+            let free = renameat2(&self.fd, name, &self.fd, aside.as_str(), RenameFlags::RENAME_NOREPLACE);
+            if !matches!(free, Err(nix::Error::EEXIST)) {
+                return;
+            }
+        }
     }
 
     fn error(&self, e: impl Into<io::Error>) -> PeerError {
@@ -135,6 +168,11 @@ pub struct Library {
     pub driver: i32,
 }
 
+/// A short path to what a descriptor stands for: addresses of Unix sockets hold 107 bytes only.
+fn descriptor(fd: &File) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
 fn seqpacket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
 }
@@ -143,22 +181,28 @@ impl Library {
     /// Connects to the library in process `pid`, whose id in its own namespace is `own_pid`. `None` if nothing
     /// listens there: the process has no library, has not initialised CUDA or is parked.
     pub fn connect(dir: &ControlDir, pid: i32, own_pid: i32) -> Result<Option<Library>> {
-        let socket = seqpacket().map_err(|e| dir.error(e))?;
-        match connect(socket.as_raw_fd(), &dir.address(&paths::library_socket(own_pid))?) {
+        let Some(socket) = dir.socket(&paths::library_socket(own_pid))? else { return Ok(None) };
+        let connection = Connection::new(seqpacket().map_err(|e| dir.error(e))?);
+        // The limit stands before the first step: whoever does not accept can make that one wait, too.
+        let silent = |source| PeerError::Silent { pid, source };
+        connection.set_timeout(Some(ANSWER)).map_err(silent)?;
+        let address = UnixAddr::new(descriptor(&socket).as_str()).map_err(|e| dir.error(e))?;
+        match connect(connection.as_fd().as_raw_fd(), &address) {
             Ok(()) => {}
-            Err(nix::Error::ENOENT | nix::Error::ECONNREFUSED) => return Ok(None),
+            Err(nix::Error::ECONNREFUSED) => return Ok(None),
+            Err(nix::Error::EPROTOTYPE) => {
+                return Err(PeerError::Protocol { pid, what: "its socket is of another kind".into() });
+            }
+            Err(nix::Error::EAGAIN) => return Err(silent(TransportError::Timeout)),
             Err(e) => return Err(dir.error(e)),
         }
-        let connection = Connection::new(socket);
-        // A file of that name can be anything the container likes, a link to a socket of the host included:
-        // before a word is said, the kernel must confirm who is at the other end.
+        // Before a word is said, the kernel must confirm who is at the other end.
         let peer = connection.peer().map_err(|source| PeerError::Silent { pid, source })?;
         if peer.pid != pid {
             let what = format!("its socket is held by process {}", peer.pid);
             return Err(PeerError::Protocol { pid, what });
         }
         let mut library = Library { connection, pid, own_pid, parked: false, driver: 0 };
-        library.timeout(ANSWER)?;
         library.send(&Message::Hello { version: VERSION }, &[])?;
         library.greet()?;
         Ok(Some(library))
@@ -188,6 +232,14 @@ impl Library {
         self.connection.set_timeout(Some(t)).map_err(|source| PeerError::Silent { pid: self.pid, source })
     }
 
+    /// Has the next step fail at `deadline`, however little it may be that keeps coming until then.
+    fn until(&self, deadline: Instant) -> Result<()> {
+        match deadline.saturating_duration_since(Instant::now()) {
+            Duration::ZERO => Err(PeerError::Silent { pid: self.pid, source: TransportError::Timeout }),
+            left => self.timeout(left.max(Duration::from_millis(1))),
+        }
+    }
+
     fn send(&self, message: &Message, fds: &[RawFd]) -> Result<()> {
         self.connection.send(message, fds).map_err(|source| PeerError::Silent { pid: self.pid, source })
     }
@@ -195,10 +247,10 @@ impl Library {
     fn receive(&self) -> Result<(Message, Vec<OwnedFd>)> {
         match self.connection.receive() {
             Ok((Message::Failed { code: failure::BUSY, text }, _)) => {
-                Err(PeerError::Busy { pid: self.pid, text: one_line(&text) })
+                Err(PeerError::Busy { pid: self.pid, text: plain(&text) })
             }
             Ok((Message::Failed { text, .. }, _)) => {
-                Err(PeerError::Refused { pid: self.pid, text: one_line(&text) })
+                Err(PeerError::Refused { pid: self.pid, text: plain(&text) })
             }
             Ok(packet) => Ok(packet),
             Err(TransportError::Decode(e)) => Err(self.broke(e.to_string())),
@@ -220,7 +272,7 @@ impl Library {
         self.send(&Message::Query, &[])?;
         match self.receive()?.0 {
             Message::Summary(mut s) => {
-                s.blockers.iter_mut().for_each(|b| *b = one_line(b));
+                s.blockers.iter_mut().for_each(|b| *b = plain(b));
                 Ok(s)
             }
             other => Err(self.unexpected(&other)),
@@ -265,12 +317,15 @@ impl Library {
 
     /// Gives a parked process its memory back. `entries` must be all that were alive at park.
     pub fn attach(self, entries: &[(Entry, RawFd)]) -> Result<Timings> {
-        self.timeout(Duration::from_secs(60))?;
+        let deadline = Instant::now() + ATTACH + ATTACH_EACH * entries.len() as u32;
+        self.until(deadline)?;
         self.send(&Message::Attach { handles: entries.len() as u64 }, &[])?;
         for batch in entries.chunks(MAX_FDS) {
             let (entries, fds): (Vec<_>, Vec<_>) = batch.iter().copied().unzip();
+            self.until(deadline)?;
             self.send(&Message::Entries(entries), &fds)?;
         }
+        self.until(deadline)?;
         match self.receive()?.0 {
             Message::Attached(t) => Ok(t),
             other => Err(self.unexpected(&other)),
@@ -319,11 +374,6 @@ impl Library {
     }
 }
 
-/// Text of the application that is shown to a person: one line, no control characters, not endless.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(300).collect()
-}
-
 /// Where parked processes knock to be attached again. The socket is removed when this is dropped.
 #[derive(Debug)]
 pub struct AttachListener<'a> {
@@ -338,7 +388,7 @@ impl<'a> AttachListener<'a> {
     /// Starts to listen; every parked process of the container finds it within about a millisecond.
     pub fn bind(dir: &'a ControlDir) -> Result<Self> {
         let socket = seqpacket().map_err(|e| dir.error(e))?;
-        let _ = unlinkat(&dir.fd, paths::HOST_SOCKET, nix::unistd::UnlinkatFlags::NoRemoveDir);
+        dir.clear(paths::HOST_SOCKET);
         let address = dir.address(paths::HOST_SOCKET)?;
         {
             // The application may run as any user: connecting needs write permission on the socket file.
@@ -359,12 +409,13 @@ impl<'a> AttachListener<'a> {
         let first = expected.first().map_or(0, |e| e.0);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // Also while others knock and knock.
+                return Err(PeerError::Silent { pid: first, source: TransportError::Timeout });
+            }
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, timeout) {
-                Ok(0) if left.is_zero() => {
-                    return Err(PeerError::Silent { pid: first, source: TransportError::Timeout });
-                }
                 Ok(0) | Err(nix::Error::EINTR) => continue,
                 Ok(_) => {}
                 Err(e) => return Err(self.dir.error(e)),
@@ -386,6 +437,6 @@ impl<'a> AttachListener<'a> {
 
 impl Drop for AttachListener<'_> {
     fn drop(&mut self) {
-        let _ = unlinkat(&self.dir.fd, paths::HOST_SOCKET, nix::unistd::UnlinkatFlags::NoRemoveDir);
+        let _ = unlinkat(&self.dir.fd, paths::HOST_SOCKET, UnlinkatFlags::NoRemoveDir);
     }
 }

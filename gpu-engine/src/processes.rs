@@ -5,6 +5,8 @@ use std::{fs, io};
 
 use thiserror::Error;
 
+use crate::text::plain;
+
 /// Why a container's processes cannot be listed.
 #[derive(Debug, Error)]
 pub enum ProcessError {
@@ -99,7 +101,8 @@ pub fn describe(pid: i32) -> Option<Process> {
     }
     let own_pid = field("NSpid:").and_then(|v| v.split_whitespace().last()?.parse().ok()).unwrap_or(pid);
     let parent = field("PPid:").and_then(|v| v.parse().ok()).unwrap_or(0);
-    let command = field("Name:").unwrap_or_default().to_string();
+    // A process chooses its name.
+    let command = plain(field("Name:").unwrap_or_default());
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command in parentheses may hold anything; fields are counted behind its last parenthesis.
     let start_time = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;

@@ -130,14 +130,31 @@ pub fn mounts(container: &[Mounted], host: &[Mounted], spec: &Value, root: &Path
     container.iter().filter_map(late).collect()
 }
 
+/// Whether a path can stand in CRIU's configuration file, whose words end at spaces and whose lines are orders. A container
+/// that may mount chooses the names of its mounts, and CRIU runs as root on the host: nothing is quoted, what is odd is
+/// refused.
+fn is_plain(path: &Path) -> bool {
+    let odd = |c: char| c.is_whitespace() || c.is_control() || "#\"'\\[]\u{fffd}".contains(c);
+    path.is_absolute() && !path.to_string_lossy().contains(odd)
+}
+
 /// Options for CRIU's configuration file that declare the mounts, so that they can be dumped. The names are those that
-/// the lower runtime gives to mounts of the configuration, which they will be on restore.
-pub fn criu_options(mounts: &[LateMount]) -> String {
-    let mut lines: Vec<String> =
-        mounts.iter().map(|m| format!("external mnt[{0}]:{0}\n", m.destination.display())).collect();
+/// the lower runtime gives to mounts of the configuration, which they will be on restore. Says which mount cannot be
+/// declared.
+pub fn criu_options(mounts: &[LateMount]) -> Result<String, String> {
+    let mut lines = Vec::new();
+    for m in mounts {
+        if !is_plain(&m.destination) {
+            return Err(format!(
+                "the container has a mount at {:?}, a name that CRIU cannot be given: unmount it",
+                m.destination
+            ));
+        }
+        lines.push(format!("external mnt[{0}]:{0}\n", m.destination.display()));
+    }
     lines.sort();
     lines.dedup();
-    lines.concat()
+    Ok(lines.concat())
 }
 
 /// Adds the mounts to a configuration, for restore: on restore no hook makes them again. `device` tells the numbers of a
@@ -221,9 +238,21 @@ mod tests {
             [],
             "no hooks, no late mounts"
         );
-        let options = criu_options(&late);
+        let options = criu_options(&late).unwrap();
         assert_eq!(options.lines().count(), 3, "{options}");
         assert!(options.contains("external mnt[/dev/nvidia0]:/dev/nvidia0\n"));
+    }
+
+    #[test]
+    fn a_mounts_name_gives_criu_no_orders() {
+        let spec = json!({"hooks": {"prestart": [{"path": "/x"}]}});
+        for name in ["/x\\012action-script\\040/evil", "/a\\040b", "/a#b", "/a\"b"] {
+            let text = format!("66 60 0:21 /srv/c\\040d {name} rw - ext4 /dev/vda rw\n");
+            let late = mounts(&parse(&text), &parse(HOST), &spec, Path::new("/ctr/rootfs"));
+            assert_eq!(late.len(), 1, "{name}");
+            let error = criu_options(&late).unwrap_err();
+            assert!(error.contains("cannot be given") && !error.contains('\n'), "{error}");
+        }
     }
 
     #[test]

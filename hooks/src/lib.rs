@@ -7,6 +7,7 @@
 //! apply    the configuration with them; done twice is done once (pure)
 //! late     mounts that only hooks make: declared to CRIU, remembered for restore (pure)
 //! merge    for restore: what the engine's new configuration lacks (pure)
+//! shape    whether a configuration can be edited at all (pure)
 //! ```
 //!
 //! Configurations are edited as JSON values: fields this crate does not know stay as they are.
@@ -16,6 +17,7 @@ pub mod late;
 pub mod locate;
 pub mod merge;
 pub mod plan;
+pub mod shape;
 
 use std::path::{Path, PathBuf};
 
@@ -23,6 +25,7 @@ use serde_json::Value;
 
 pub use detect::Mode;
 pub use plan::Edit;
+pub use shape::check;
 
 /// What the host offers.
 #[derive(Debug, Clone)]

@@ -81,6 +81,7 @@ fn with_state(run: &Context, state: &StateDir, image: &Image, path: &Path) -> Re
         container: run.args.id().unwrap_or_default().to_string(),
         control_dir: state.control_dir(),
         image: path.to_path_buf(),
+        manifest: image.digest.clone(),
         timeouts: run.config.timeouts(),
         library: Some(library),
     };

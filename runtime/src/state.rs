@@ -145,7 +145,9 @@ pub fn config_path(bundle: &Path) -> PathBuf {
 pub fn read_spec(bundle: &Path) -> Result<Value> {
     let path = config_path(bundle);
     let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))
+    let spec = serde_json::from_slice(&bytes).with_context(|| format!("{} is not JSON", path.display()))?;
+    phos_hooks::check(&spec).map_err(|what| anyhow::anyhow!("{}: {what}", path.display()))?;
+    Ok(spec)
 }
 
 /// Replaces a bundle's configuration at once, keeping its mode.

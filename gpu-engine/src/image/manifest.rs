@@ -2,14 +2,19 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::bounded::{at_most, spec};
 use super::{CHUNK, VERSION};
 use crate::device::GpuId;
+use crate::text::plain;
 
 /// Largest manifest that is read, bytes. A million allocations take 150 MB.
 pub const MAX_BYTES: u64 = 256 << 20;
 
 /// Most chunks of an image: 16 TiB of GPU memory. The chunk table of so many is 2 GiB, which is read as a whole.
 pub const MOST_CHUNKS: u64 = 1 << 26;
+
+/// Most data files of an image, those of the images it builds on included.
+pub const MOST_FILES: usize = 4096;
 
 /// The driver the image was made with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,7 +116,7 @@ pub struct Manifest {
     /// [`VERSION`].
     pub version: u32,
     /// What a reader must know beyond the version: [`FEATURE_PARENT`], [`FEATURE_PRE_DUMP`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<_, _, 64>")]
     pub features: Vec<String>,
     /// The phos-runc that wrote it.
     pub made_by: String,
@@ -136,6 +141,7 @@ pub struct Manifest {
     /// In the order of the chunk table.
     pub allocations: Vec<Allocation>,
     /// See [`FileEntry`].
+    #[serde(deserialize_with = "at_most::<_, _, MOST_FILES>")]
     pub files: Vec<FileEntry>,
     /// See [`IndexEntry`].
     pub index: IndexEntry,
@@ -145,9 +151,10 @@ pub struct Manifest {
     /// See [`LibraryEntry`].
     pub library: Option<LibraryEntry>,
     /// Things a person should know.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<_, _, 4096>")]
     pub warnings: Vec<String>,
     /// The container's configuration as it ran.
+    #[serde(deserialize_with = "spec")]
     pub effective_spec: serde_json::Value,
 }
 
@@ -167,6 +174,15 @@ impl Manifest {
         self.features.iter().any(|f| f == FEATURE_PRE_DUMP)
     }
 
+    /// Takes out of the texts that people are shown what a terminal would obey.
+    pub(super) fn make_plain(&mut self) {
+        let texts = [&mut self.made_by, &mut self.container, &mut self.lower_runtime, &mut self.criu];
+        let names = self.gpus.iter_mut().map(|g| &mut g.name);
+        let commands = self.processes.iter_mut().map(|p| &mut p.command);
+        let all = texts.into_iter().chain([&mut self.driver.release]).chain(names).chain(commands);
+        all.chain(&mut self.warnings).for_each(|text| *text = plain(text));
+    }
+
     /// Checks everything that can be checked without the other files. Says what is wrong.
     pub(super) fn check(&self) -> Result<(), String> {
         debug_assert_eq!(self.version, VERSION);
@@ -175,6 +191,10 @@ impl Manifest {
         }
         if self.digest != phos_digest::NAME {
             return Err(format!("unknown digest '{}'", self.digest));
+        }
+        let mut gpus = std::collections::HashSet::new();
+        if let Some(gpu) = self.gpus.iter().find(|g| !gpus.insert(g.uuid)) {
+            return Err(format!("{} is listed twice", gpu.uuid));
         }
         let mut next_chunk = 0u64;
         let mut ids = std::collections::HashSet::new();
@@ -209,13 +229,19 @@ impl Manifest {
         if self.parent.is_some() != self.features.iter().any(|f| f == FEATURE_PARENT) {
             return Err("the feature 'parent' and the entry do not go together".into());
         }
-        if self.files.len() > 4096 {
-            return Err(format!("{} data files", self.files.len()));
+        if let Some(parent) = &self.parent {
+            let path = std::path::Path::new(&parent.path);
+            if path.as_os_str().is_empty() || path.is_absolute() || parent.path.contains(char::is_control) {
+                return Err("the path of its parent is not relative, or none at all".into());
+            }
         }
         for (n, file) in self.files.iter().enumerate() {
             // Names are not free: nothing outside the folder can ever be named.
             if file.name != super::data_file(n) {
                 return Err(format!("data file {n} is called '{}'", file.name));
+            }
+            if file.size > MOST_CHUNKS * CHUNK as u64 {
+                return Err(format!("data file {n} has {} bytes", file.size));
             }
         }
         Ok(())

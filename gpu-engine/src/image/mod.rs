@@ -19,6 +19,7 @@
 //! All integers are little-endian. Readers refuse what they do not know. Sizes and counts are checked against each
 //! other and against the real files before anything is allocated; each chunk is checked by its digest as it is read.
 
+mod bounded;
 mod chunks;
 mod manifest;
 mod reader;
@@ -111,6 +112,9 @@ pub enum ImageError {
     /// A pre-dump, which has nothing of the CPU side and was written while the program ran.
     #[error("image {0} is a pre-dump: restore from the checkpoint that was made with --parent-path on it")]
     PreDump(PathBuf),
+    /// The manifest is another one than a moment ago.
+    #[error("image {0} was changed while it was being restored: try again when nothing writes to it")]
+    Changed(PathBuf),
     /// A file is not what the manifest says.
     #[error("image file {path} is damaged: {what}")]
     Damaged {
@@ -131,5 +135,7 @@ impl ImageError {
     }
 }
 
+#[cfg(test)]
+mod hostile;
 #[cfg(test)]
 mod tests;

@@ -130,6 +130,22 @@ impl Wire {
         Ok(self.0.send_bytes(&serde_json::to_vec(packet)?, fds)?)
     }
 
+    /// Says how the job ended. It can always be said: of a report that fits no packet the timeline goes first, then all.
+    pub fn finish(&self, mut outcome: Outcome) -> Result<(), WireError> {
+        // JSON inside JSON may double in length, and a control character takes six bytes.
+        const REPORT: usize = phos_protocol::MAX_PACKET / 3;
+        outcome.error = outcome.error.chars().take(1024).collect();
+        if outcome.report.len() > REPORT {
+            let mut report: serde_json::Map<_, _> = serde_json::from_str(&outcome.report).unwrap_or_default();
+            report.insert("spans".into(), serde_json::json!([]));
+            outcome.report = serde_json::to_string(&report)?;
+        }
+        if outcome.report.len() > REPORT {
+            outcome.report.clear();
+        }
+        self.send(&Packet::Finished(outcome), &[])
+    }
+
     /// Receives a packet and its fds.
     pub fn receive(&self) -> Result<(Packet, Vec<OwnedFd>), WireError> {
         let (bytes, fds) = self.0.receive_bytes()?;

@@ -24,7 +24,7 @@ use crate::device::{self, Device};
 use crate::error::EngineError;
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport};
 use crate::keeper::WorkerRole;
-use crate::keeper::wire::{Outcome, Packet, Wire};
+use crate::keeper::wire::{Outcome, Wire};
 use crate::progress::Progress;
 use crate::service::{self, Handler, LowerOutput};
 
@@ -75,7 +75,7 @@ impl Worker {
             }
             Err(e) => Outcome { error: e.to_string(), report: String::new() },
         };
-        if let Err(e) = self.wire.send(&Packet::Finished(outcome), &[]) {
+        if let Err(e) = self.wire.finish(outcome) {
             tracing::warn!(error = %e, "the keeper is gone");
         }
         self.over.notify_one();

@@ -70,7 +70,7 @@ pub fn run(device: &Arc<dyn Device>, wire: &Wire) -> Result<(), EngineError> {
         };
         Outcome { error: error.into(), report: String::new() }
     };
-    wire.send(&Packet::Finished(outcome), &[])?;
+    wire.finish(outcome)?;
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use super::wake::{Sleeper, wake};
 use crate::copy::{self, Regions, Tuning};
 use crate::device::{self, Device, DeviceError};
 use crate::error::EngineError;
-use crate::image::Image;
+use crate::image::{Image, ImageError};
 use crate::job::{RestoreJob, RestoreReport};
 use crate::keeper::wire::{KeptProcess, Phase};
 use crate::peer::ControlDir;
@@ -95,6 +95,9 @@ impl Restore {
     /// Checks everything that could make the restore impossible, begins to load, and returns once all memory is allocated.
     pub fn prepare(job: RestoreJob, progress: Arc<Progress>) -> Result<Self, EngineError> {
         let image = Arc::new(Image::open_complete(&job.image)?);
+        if image.digest != job.manifest {
+            return Err(ImageError::Changed(job.image).into());
+        }
         let device: Arc<dyn Device> = device::cuda::open()?;
         check(&image, &job, device.as_ref())?;
         let regions: Arc<Regions> = copy::regions(&image).into();
