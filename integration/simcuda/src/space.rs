@@ -89,7 +89,9 @@ impl Physical {
                 return Err(INVALID_VALUE);
             }
             let copy = OwnedFd::from_raw_fd(copy);
-            if libc::fstat(copy.as_raw_fd(), &mut stat) < 0 || stat.st_size <= 0 {
+            // Only memfds have seals: the real driver knows its own memory from other files, too.
+            let is_memory = libc::fcntl(copy.as_raw_fd(), libc::F_GET_SEALS) >= 0;
+            if !is_memory || libc::fstat(copy.as_raw_fd(), &mut stat) < 0 || stat.st_size <= 0 {
                 return Err(INVALID_VALUE);
             }
             Ok(Arc::new(Physical {
