@@ -7,6 +7,7 @@ pub mod container;
 pub mod containerd;
 pub mod engine;
 pub mod faults;
+pub mod measure;
 pub mod memory;
 pub mod processes;
 pub mod root;

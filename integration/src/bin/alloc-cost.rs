@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use phos_integration::measure::{median, output};
 use phos_integration::tools::built;
 use serde_json::json;
 
@@ -31,16 +32,6 @@ fn once(folder: &Path, driver: Option<&Path>) -> Result<BTreeMap<String, f64>> {
         Ok((name.to_string(), value.parse()?))
     };
     text.lines().map(words).collect()
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
-fn output(command: &str, args: &[&str]) -> Result<String> {
-    let done = Command::new(command).args(args).output().context(command.to_string())?;
-    Ok(String::from_utf8(done.stdout)?.trim().to_string())
 }
 
 fn main() -> Result<()> {

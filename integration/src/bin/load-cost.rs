@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use phos_integration::measure::{median, output};
 use phos_integration::tools::built;
 use serde_json::json;
 
@@ -22,16 +23,6 @@ fn once(preload: Option<&str>) -> Result<f64> {
     let time = begin.elapsed().as_secs_f64() * 1e3;
     ensure!(status.success(), "/bin/true ended with {status}");
     Ok(time)
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
-fn output(command: &str, args: &[&str]) -> Result<String> {
-    let done = Command::new(command).args(args).output().context(command.to_string())?;
-    Ok(String::from_utf8(done.stdout)?.trim().to_string())
 }
 
 fn main() -> Result<()> {

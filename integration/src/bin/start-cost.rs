@@ -3,12 +3,12 @@
 //! `integration/results/`.
 
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Instant;
 
 use anyhow::Result;
 use phos_integration::bundle::Gpu;
 use phos_integration::container::Place;
+use phos_integration::measure::{median, output};
 use phos_integration::tools::Tools;
 use serde_json::json;
 
@@ -25,15 +25,6 @@ fn once(place: &Place, runtime: &PathBuf, gpu: &Gpu) -> Result<f64> {
     let spent = begin.elapsed().as_secs_f64() * 1e3;
     container.verb("delete", &["--force"])?;
     Ok(spent)
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
-}
-
-fn output(command: &str, args: &[&str]) -> Result<String> {
-    Ok(String::from_utf8(Command::new(command).args(args).output()?.stdout)?.trim().to_string())
 }
 
 fn main() -> Result<()> {
