@@ -85,6 +85,8 @@ named! {
         MemorySaved = "memory-saved",
         /// The lower runtime is about to be asked.
         BeforeDump = "before-dump",
+        /// All host memory is saved, and CRIU does not know.
+        PagesReceived = "pages-received",
         /// The lower runtime has succeeded, and the keeper does not know.
         Dumped = "dumped",
         /// The keeper knows.
@@ -147,6 +149,10 @@ named! {
         WriteData = "write-data",
         /// Making them durable.
         SyncData = "sync-data",
+        /// Taking room for host memory.
+        CreatePages = "create-pages",
+        /// Writing host memory.
+        WritePages = "write-pages",
         /// Making the chunk table or the manifest's first file.
         CreateTable = "create-table",
         /// Writing it.

@@ -216,6 +216,12 @@ pub struct CheckpointReport {
     pub trimmed_bytes: u64,
     /// Finding them, milliseconds.
     pub trim_ms: f64,
+    /// Bytes of host memory that CRIU handed over to the worker; 0 if it wrote them itself.
+    #[serde(default)]
+    pub host_bytes: u64,
+    /// Bytes of them that found room made before.
+    #[serde(default)]
+    pub host_ready_bytes: u64,
     /// The lower runtime's checkpoint, milliseconds.
     pub criu_ms: f64,
     /// The driver's restore and unlock, milliseconds; 0 if the container was stopped.

@@ -10,6 +10,7 @@ pub mod image;
 pub mod job;
 pub mod keeper;
 pub mod lower;
+pub mod pages;
 pub mod peer;
 pub mod plan;
 pub mod privilege;

@@ -1,7 +1,9 @@
 //! Running the lower runtime.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -93,18 +95,42 @@ fn end_group(group: i32, deadline: Instant) {
     }
 }
 
+/// What a command gets besides its words.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Extra<'a> {
+    /// A variable of its environment.
+    pub variable: Option<(&'a OsStr, &'a OsStr)>,
+    /// A descriptor that it inherits, under the number it has here.
+    pub descriptor: Option<BorrowedFd<'a>>,
+}
+
 /// Runs a command to its end, in a process group of its own.
 pub fn run(command: &CommandLine, limit: Duration) -> Result<LowerOutput, LowerError> {
+    run_with(command, limit, Extra::default())
+}
+
+/// The same, with something extra.
+pub fn run_with(command: &CommandLine, limit: Duration, extra: Extra<'_>) -> Result<LowerOutput, LowerError> {
     let program = command.program();
     let name = program.to_string_lossy().into_owned();
-    let mut child = Command::new(&program)
+    let mut lower = Command::new(&program);
+    lower
         .args(command.args())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .map_err(|source| LowerError::Start { program: name.clone(), source })?;
+        .process_group(0);
+    lower.envs(extra.variable);
+    if let Some(number) = extra.descriptor.map(|d| d.as_raw_fd()) {
+        // SAFETY: between fork and exec only `fcntl` is called, which may be; the descriptor is open as long as `extra` is.
+        unsafe {
+            lower.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            })
+        };
+    }
+    let mut child = lower.spawn().map_err(|source| LowerError::Start { program: name.clone(), source })?;
     let stdout = child.stdout.take().map(collect);
     let stderr = child.stderr.take().map(collect);
     let deadline = Instant::now() + limit;

@@ -32,6 +32,11 @@ fn run(tools: &Tools) -> Result<()> {
     assert!(box1.verb("gpu", &[])?.contains("MiB in "));
     for name in ["running-1", "running-2"] {
         box1.checkpoint(name, true)?;
+        // CRIU's pages came through the worker, and their room was there before.
+        let report = place.report()?;
+        let bytes = |name: &str| report[name].as_u64().unwrap_or(0);
+        assert!(bytes("host_bytes") > 1 << 20, "{report}");
+        assert!(bytes("host_ready_bytes") > bytes("host_bytes") / 10 * 9, "{report}");
         let lines = box1.steps(5)?;
         assert_eq!(box1.state()?, "running");
         if after_first == 0 {

@@ -80,6 +80,8 @@ pub struct Checkpoint<'a> {
     init_start: Option<u64>,
     /// The GPU has no room for this process beside the container's.
     no_room: bool,
+    /// Waits for the host memory that CRIU dumps.
+    pages: Option<steps::Pages>,
 }
 
 /// What a person is told when a container is lost and its image is not.
@@ -115,6 +117,7 @@ pub fn run(
         dumped: false,
         init_start: processes::describe(job.init_pid).map(|p| p.start_time),
         no_room: false,
+        pages: None,
     };
     let result = checkpoint.run();
     let Checkpoint { mut report, mut lower, .. } = checkpoint;
@@ -197,6 +200,7 @@ impl Checkpoint<'_> {
             return self.commit(session, parent);
         }
         self.prepare_stop(&mut session, plan)?;
+        self.prepare_pages(bytes);
         fault::at(Moment::BuffersReady)?;
         let stopped = Instant::now();
         if !self.job.leave_running {

@@ -1,8 +1,11 @@
 //! What happens while the program stands still, step by step: its processes are parked, their driver state is saved, the lower
 //! runtime dumps them, and they are woken again.
 
-use std::os::fd::AsRawFd;
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use std::{env, fs, io, thread};
 
 use phos_protocol::message::{Entry, PARK_LOW_STACK, PARK_PREFAULT, Timings};
 
@@ -12,12 +15,36 @@ use crate::fault::{self, Moment};
 use crate::freezer::Freezer;
 use crate::image::INVENTORY;
 use crate::keeper::wire::{Packet, Phase};
-use crate::lower;
+use crate::lower::{self, Extra, LowerError};
+use crate::pages;
 use crate::peer::AttachListener;
+use crate::processes;
 use crate::progress::State;
+use crate::service::LowerOutput;
 use crate::worker::sharing;
 use crate::worker::subject::{Subject, all};
 use crate::worker::wake::{GRACE, Sleeper, Woken, wake};
+
+/// Names the file of options that CRIU reads.
+const CRIU_CONFIG: &str = "CRIU_CONFIG_FILE";
+
+/// Name of that file for a dump whose pages are received here, in the container's state folder.
+const CRIU_OPTIONS: &str = "criu-dump.conf";
+
+/// What receives CRIU's pages.
+pub(super) struct Pages {
+    receiver: pages::Receiver,
+    options: OptionsFile,
+}
+
+/// CRIU's options for it; removed with this value.
+struct OptionsFile(PathBuf);
+
+impl Drop for OptionsFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
 
 /// Longest wait for processes that may give memory back before they are dumped.
 const TRIM: Duration = Duration::from_secs(1);
@@ -138,7 +165,7 @@ impl Checkpoint<'_> {
             if let Some(freezer) = &freezer {
                 freezer.freeze();
             }
-            let output = lower::run(&self.job.lower_checkpoint, limit);
+            let output = self.lower_checkpoint(limit);
             if let Some(freezer) = freezer {
                 freezer.thaw();
             }
@@ -170,6 +197,56 @@ impl Checkpoint<'_> {
             .and_then(|()| Ok(self.wire.send(&Packet::LowerDone, &[])?))
             .and_then(|()| fault::at(Moment::DumpTold));
         if self.gone { Ok(()) } else { told }
+    }
+
+    /// Makes room for the host memory that CRIU is to save, as far as that can be done before.
+    pub(super) fn prepare_pages(&mut self, gpu_bytes: u64) {
+        let job = self.job;
+        if !pages::is_possible(&job.lower_version, &job.lower_checkpoint) {
+            return;
+        }
+        let begin = Instant::now();
+        let kept = |pid| self.subjects.iter().any(|s| s.kept.pid == pid);
+        let prepared =
+            processes::of_container(job.init_pid).map_err(io::Error::other).and_then(|processes| {
+                let receiver =
+                    pages::Receiver::prepare(&job.image, &processes, kept, job.bytes_in_files(gpu_bytes))?;
+                let own = env::var_os(CRIU_CONFIG).map(fs::read_to_string).transpose()?.unwrap_or_default();
+                let options = OptionsFile(job.control_dir.with_file_name(CRIU_OPTIONS));
+                fs::write(&options.0, format!("{}\n{}", own.trim_end(), receiver.criu_options()))?;
+                Ok(Pages { receiver, options })
+            });
+        match prepared {
+            Ok(pages) => self.pages = Some(pages),
+            // CRIU then writes its images itself.
+            Err(e) => tracing::info!(error = %e, "CRIU's pages are not received"),
+        }
+        self.progress.span("make room", ENGINE, begin, begin.elapsed());
+    }
+
+    fn lower_checkpoint(&mut self, limit: Duration) -> Result<LowerOutput, LowerError> {
+        let Some(Pages { receiver, options }) = self.pages.take() else {
+            return lower::run(&self.job.lower_checkpoint, limit);
+        };
+        let (server, far) = receiver.split();
+        thread::scope(|scope| {
+            let serving = scope.spawn(|| server.serve());
+            let variable = Some((OsStr::new(CRIU_CONFIG), options.0.as_os_str()));
+            let extra = Extra { variable, descriptor: Some(far.as_fd()) };
+            let output = lower::run_with(&self.job.lower_checkpoint, limit, extra);
+            // The last one to hold it: a server whose CRIU has gone ends now.
+            drop(far);
+            match serving.join() {
+                Ok(Ok(received)) => {
+                    tracing::info!(?received, "host memory");
+                    self.report.host_bytes = received.bytes;
+                    self.report.host_ready_bytes = received.ready;
+                }
+                Ok(Err(e)) => tracing::error!(error = %e, "host memory"),
+                Err(_) => tracing::error!("the thread that receives host memory panicked"),
+            }
+            output
+        })
     }
 
     /// Brings every process back to running. `before_attach` is called once, before any of them can touch its memory.

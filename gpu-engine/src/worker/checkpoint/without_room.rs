@@ -25,6 +25,7 @@ impl Checkpoint<'_> {
         let bytes: u64 = self.subjects.iter().map(Subject::bytes).sum();
         folder.require(self.job.bytes_in_files(bytes))?;
         self.subjects.iter_mut().flat_map(|s| &mut s.pieces).for_each(|p| p.region = None);
+        self.prepare_pages(bytes);
         let stopped = Instant::now();
         match self.stand_still_without_room() {
             Ok(None) => {}
