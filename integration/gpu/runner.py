@@ -54,7 +54,7 @@ def leave_running(box, workload, i, more=(), settle=30, keep=False, folder=f"{WO
     gap, gap_begin, gap_end = max((b[2] - a[2], a[2], b[2]) for a, b in zip(steps, steps[1:]) if b[2] > before)
     gap /= 1e6
     log(f"{box.name} leave-running {i}: pause {gap:.0f} ms  " + " ".join(f"{k[:-3]} {v:.0f}" for k, v in report.items() if k.endswith("_ms"))
-        + "  " + " ".join(f"{k[:-6]} {report[k] / 1e9:.2f} GB" for k in ("gpu_bytes", "written_bytes", "precopied_bytes", "dirty_bytes", "straight_bytes"))
+        + "  " + " ".join(f"{k[:-6]} {report[k] / 1e9:.2f} GB" for k in ("gpu_bytes", "written_bytes", "precopied_bytes", "dirty_bytes", "straight_bytes", "host_bytes", "host_ready_bytes"))
         + f"  criu {criu_bytes(image) / 1e9:.2f} GB")
     for w in report["warnings"]:
         log(f"  {w}")

@@ -161,7 +161,7 @@ impl PageFile {
     }
 
     /// Cuts off what was not needed.
-    pub fn finish(&mut self) -> io::Result<()> {
+    pub fn trim(mut self) -> io::Result<()> {
         self.mapping = None;
         self.file.set_len(self.length)
     }

@@ -12,12 +12,13 @@ mod protocol;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::statvfs::statvfs;
 use thiserror::Error;
 
@@ -37,6 +38,10 @@ const SMALL: u64 = 4 << 20;
 /// The descriptor that CRIU inherits has at least this number: the lower runtime gives it others from 3 on.
 const FIRST_NUMBER: i32 = 300;
 
+/// What may be on its way through the socket, bytes. CRIU waits for nothing then while it has something to send: waking
+/// either side up takes longer than copying what fits into a socket's usual buffer.
+const ON_THE_WAY: usize = 64 << 20;
+
 /// Why pages are not received.
 #[derive(Debug, Error)]
 pub enum PagesError {
@@ -49,7 +54,7 @@ pub enum PagesError {
 }
 
 /// What came of it.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Received {
     /// CRIU was told that all is saved.
     pub complete: bool,
@@ -57,15 +62,44 @@ pub struct Received {
     pub bytes: u64,
     /// Of those, how many found their place ready.
     pub ready: u64,
+    /// The files, longer than they need be.
+    files: Vec<PageFile>,
+}
+
+impl Received {
+    /// Cuts off the room that was not needed. That takes a while: do it when nobody waits. It does no harm in an image.
+    pub fn trim(self) -> io::Result<()> {
+        self.files.into_iter().try_for_each(PageFile::trim)
+    }
+}
+
+/// The way from CRIU to here.
+#[derive(Debug)]
+pub struct Socket {
+    own: UnixStream,
+    /// CRIU's end.
+    far: OwnedFd,
+}
+
+impl Socket {
+    /// A pair with room for much, if this thread has the capability for that (`CAP_NET_ADMIN`).
+    pub fn pair() -> io::Result<Self> {
+        let (own, far) = UnixStream::pair()?;
+        if let Err(e) = setsockopt(&far, sockopt::SndBufForce, &ON_THE_WAY) {
+            tracing::debug!(error = %e, "a small buffer for CRIU's pages");
+        }
+        let far = fcntl(far, FcntlArg::F_DUPFD_CLOEXEC(FIRST_NUMBER))?;
+        // SAFETY: a descriptor that was just made, and belongs to nobody else.
+        let far = unsafe { OwnedFd::from_raw_fd(far) };
+        Ok(Socket { own, far })
+    }
 }
 
 /// Everything that can be done before the program stands still.
 #[derive(Debug)]
 pub struct Receiver {
     folder: PathBuf,
-    socket: UnixStream,
-    /// CRIU's end.
-    far: OwnedFd,
+    socket: Socket,
     /// Files with room, by the process id in its own namespace.
     ready: Vec<(u64, PageFile)>,
 }
@@ -101,15 +135,12 @@ impl Receiver {
     /// Takes room in the image folder for the memory of `processes`. `gpu` tells those whose driver state is still to come,
     /// `beside` is how many bytes else the folder will need room for.
     pub fn prepare(
+        socket: Socket,
         folder: &Path,
         processes: &[Process],
         gpu: impl Fn(i32) -> bool,
         beside: u64,
     ) -> io::Result<Self> {
-        let (socket, far) = UnixStream::pair()?;
-        let far = fcntl(far, FcntlArg::F_DUPFD_CLOEXEC(FIRST_NUMBER))?;
-        // SAFETY: a descriptor that was just made, and belongs to nobody else.
-        let far = unsafe { OwnedFd::from_raw_fd(far) };
         let stat = statvfs(folder)?;
         let free = stat.blocks_available() * stat.fragment_size();
         let mut left = MOST.min(available() / 4).min(free.saturating_sub(beside) / 2);
@@ -125,31 +156,26 @@ impl Receiver {
         }
         // Whether files without a name can be made here at all.
         drop(PageFile::reserve(folder, 0)?);
-        Ok(Receiver { folder: folder.to_path_buf(), socket, far, ready })
-    }
-
-    /// The end that CRIU must inherit.
-    pub fn far_end(&self) -> BorrowedFd<'_> {
-        self.far.as_fd()
+        Ok(Receiver { folder: folder.to_path_buf(), socket, ready })
     }
 
     /// Options for CRIU, one a line.
     pub fn criu_options(&self) -> String {
-        format!("page-server\nps-socket {}\n", self.far.as_raw_fd())
+        format!("page-server\nps-socket {}\n", self.socket.far.as_raw_fd())
     }
 
     /// Splits it in what serves and what CRIU gets; when the latter is closed everywhere, the former ends.
     pub fn split(self) -> (Server, OwnedFd) {
         let server = Server {
             folder: self.folder,
-            socket: self.socket,
+            socket: self.socket.own,
             ready: self.ready,
             open: None,
             files: 0,
             failed: None,
             received: Received::default(),
         };
-        (server, self.far)
+        (server, self.socket.far)
     }
 }
 
@@ -258,15 +284,13 @@ impl Server {
 
     /// Completes what is open.
     fn end(&mut self) {
-        let Some(Open { owner, mut pages, map }) = self.open.take() else { return };
+        let Some(Open { owner, pages, map }) = self.open.take() else { return };
         self.received.bytes += pages.length();
         self.received.ready += pages.length().min(pages.reserved());
         let path = self.folder.join(owner.pagemap());
-        let written = pages.finish().and_then(|()| {
-            let mut file = File::options().write(true).create_new(true).mode(0o600).open(path)?;
-            file.write_all(map.bytes())
-        });
-        self.note(written);
+        let file = File::options().write(true).create_new(true).mode(0o600).open(path);
+        self.note(file.and_then(|mut file| file.write_all(map.bytes())));
+        self.received.files.push(pages);
     }
 }
 

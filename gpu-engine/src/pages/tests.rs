@@ -42,9 +42,9 @@ fn content(pages: usize, seed: u8) -> Vec<u8> {
 
 /// A receiver with `ready` bytes of room for process 7, and CRIU's side of it.
 fn start(folder: &Path, ready: u64) -> (Server, Criu) {
-    let mut receiver = Receiver::prepare(folder, &[], |_| false, 0).unwrap();
-    assert!(receiver.far_end().as_raw_fd() >= FIRST_NUMBER);
-    assert!(receiver.criu_options().contains(&format!("ps-socket {}\n", receiver.far.as_raw_fd())));
+    let mut receiver = Receiver::prepare(Socket::pair().unwrap(), folder, &[], |_| false, 0).unwrap();
+    assert!(receiver.socket.far.as_raw_fd() >= FIRST_NUMBER);
+    assert!(receiver.criu_options().contains(&format!("ps-socket {}\n", receiver.socket.far.as_raw_fd())));
     if ready > 0 {
         receiver.ready.push((7, PageFile::reserve(folder, ready).unwrap()));
     }
@@ -75,7 +75,8 @@ fn pages_arrive_whether_room_was_made_or_not() {
         let received = serving.join().unwrap().unwrap();
         let bytes = 1305 * PAGE as u64;
         let prepared = ready.min(1300 * PAGE as u64);
-        assert_eq!(received, Received { complete: true, bytes, ready: prepared });
+        assert_eq!((received.complete, received.bytes, received.ready), (true, bytes, prepared));
+        received.trim().unwrap();
         let expected = ["pagemap-7.img", "pagemap-shmem-99.img", "pages-1.img", "pages-2.img"];
         assert_eq!(names(folder.path()), expected);
         let read = |name| fs::read(folder.path().join(name)).unwrap();
@@ -114,7 +115,7 @@ fn a_criu_that_ends_in_the_middle_leaves_nothing_complete() {
     criu.message(6 | 4 << 16, 100, 0x1000, 7 << 8 | 1);
     criu.0.write_all(&content(50, 1)).unwrap();
     drop(criu);
-    assert_eq!(serving.join().unwrap().unwrap(), Received::default());
+    assert!(!serving.join().unwrap().unwrap().complete);
     assert_eq!(names(folder.path()), ["pages-1.img"]);
 }
 

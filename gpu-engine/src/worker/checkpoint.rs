@@ -43,6 +43,7 @@ use crate::image::{Image, ImageWriter, ParentEntry};
 use crate::job::{CheckpointJob, CheckpointReport};
 use crate::keeper::wire::{Packet, Wire};
 use crate::lower;
+use crate::pages::{Received, Socket};
 use crate::peer::ControlDir;
 use crate::plan::{self, CopyPlan};
 use crate::processes;
@@ -82,6 +83,10 @@ pub struct Checkpoint<'a> {
     no_room: bool,
     /// Waits for the host memory that CRIU dumps.
     pages: Option<steps::Pages>,
+    /// The way it comes, until that is prepared.
+    socket: Option<Socket>,
+    /// What has come.
+    received: Option<Received>,
 }
 
 /// What a person is told when a container is lost and its image is not.
@@ -96,9 +101,10 @@ fn ms(d: Duration) -> f64 {
     d.as_secs_f64() * 1e3
 }
 
-/// Runs the job. The lower runtime's output is returned whatever happened.
+/// Runs the job. The lower runtime's output is returned whatever happened. `socket` is for the host memory that CRIU dumps.
 pub fn run(
     device: Arc<dyn Device>,
+    socket: Option<Socket>,
     job: &CheckpointJob,
     wire: &Wire,
     progress: &Progress,
@@ -118,6 +124,8 @@ pub fn run(
         init_start: processes::describe(job.init_pid).map(|p| p.start_time),
         no_room: false,
         pages: None,
+        socket,
+        received: None,
     };
     let result = checkpoint.run();
     let Checkpoint { mut report, mut lower, .. } = checkpoint;
@@ -269,6 +277,7 @@ impl Checkpoint<'_> {
     fn commit(&mut self, session: Session<'_>, parent: Option<ParentEntry>) -> Result<(), EngineError> {
         self.progress.step(State::Commit, 0)?;
         let begin = Instant::now();
+        self.trim_pages();
         let saved = session.finish();
         save::commit(self.device.as_ref(), saved, parent, self.job, &self.subjects, &mut self.report)?;
         self.progress.span("commit", ENGINE, begin, begin.elapsed());

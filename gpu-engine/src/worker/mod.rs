@@ -30,6 +30,7 @@ use crate::fault::{self, Moment};
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport, Timeouts};
 use crate::keeper::WorkerRole;
 use crate::keeper::wire::{Outcome, Wire};
+use crate::pages::Socket;
 use crate::privilege;
 use crate::progress::Progress;
 use crate::service::{self, Handler, LowerOutput};
@@ -59,6 +60,8 @@ struct Worker {
     wire: Arc<Wire>,
     progress: Arc<Progress>,
     restore: Mutex<Option<restore::Restore>>,
+    /// For a checkpoint's host memory.
+    socket: Mutex<Option<Socket>>,
     /// The foreground has its answer.
     answered: Notify,
     /// The job is over, whether or not anybody can still be told.
@@ -102,7 +105,9 @@ impl Handler for Worker {
         self.begin(&job.timeouts);
         let _busy = self.progress.busy();
         let (result, lower) = match device::cuda::open() {
-            Ok(device) => checkpoint::run(device, &job, &self.wire, &self.progress),
+            Ok(device) => {
+                checkpoint::run(device, lock(&self.socket).take(), &job, &self.wire, &self.progress)
+            }
             Err(e) => (Err(e.into()), LowerOutput::default()),
         };
         match &result {
@@ -161,6 +166,8 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
     let [role, state_dir] = args else { return Err(WorkerError::Usage) };
     let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(WorkerError::Usage)?;
     start_log();
+    // Its size takes a capability that nothing else needs.
+    let socket = Socket::pair().ok().filter(|_| role == WorkerRole::Checkpoint);
     // Before there is a second thread: capabilities are each thread's own.
     if let Err(e) = privilege::keep(privilege::WORKER) {
         tracing::warn!(error = %e, "capabilities were not given up");
@@ -182,6 +189,7 @@ pub fn run(args: &[OsString]) -> Result<(), WorkerError> {
         wire,
         progress: Arc::default(),
         restore: Mutex::new(None),
+        socket: Mutex::new(socket),
         answered: Notify::new(),
         over: Notify::new(),
     });

@@ -196,12 +196,17 @@ impl Checkpoint<'_> {
         let told = fault::at(Moment::Dumped)
             .and_then(|()| Ok(self.wire.send(&Packet::LowerDone, &[])?))
             .and_then(|()| fault::at(Moment::DumpTold));
-        if self.gone { Ok(()) } else { told }
+        if self.gone {
+            self.trim_pages();
+            return Ok(());
+        }
+        told
     }
 
     /// Makes room for the host memory that CRIU is to save, as far as that can be done before.
     pub(super) fn prepare_pages(&mut self, gpu_bytes: u64) {
         let job = self.job;
+        let Some(socket) = self.socket.take() else { return };
         if !pages::is_possible(&job.lower_version, &job.lower_checkpoint) {
             return;
         }
@@ -209,8 +214,8 @@ impl Checkpoint<'_> {
         let kept = |pid| self.subjects.iter().any(|s| s.kept.pid == pid);
         let prepared =
             processes::of_container(job.init_pid).map_err(io::Error::other).and_then(|processes| {
-                let receiver =
-                    pages::Receiver::prepare(&job.image, &processes, kept, job.bytes_in_files(gpu_bytes))?;
+                let beside = job.bytes_in_files(gpu_bytes);
+                let receiver = pages::Receiver::prepare(socket, &job.image, &processes, kept, beside)?;
                 let own = env::var_os(CRIU_CONFIG).map(fs::read_to_string).transpose()?.unwrap_or_default();
                 let options = OptionsFile(job.control_dir.with_file_name(CRIU_OPTIONS));
                 fs::write(&options.0, format!("{}\n{}", own.trim_end(), receiver.criu_options()))?;
@@ -222,6 +227,13 @@ impl Checkpoint<'_> {
             Err(e) => tracing::info!(error = %e, "CRIU's pages are not received"),
         }
         self.progress.span("make room", ENGINE, begin, begin.elapsed());
+    }
+
+    /// Gives the room back that CRIU's pages did not need.
+    pub(super) fn trim_pages(&mut self) {
+        if let Some(Err(e)) = self.received.take().map(pages::Received::trim) {
+            tracing::warn!(error = %e, "an image file is longer than need be");
+        }
     }
 
     fn lower_checkpoint(&mut self, limit: Duration) -> Result<LowerOutput, LowerError> {
@@ -238,9 +250,15 @@ impl Checkpoint<'_> {
             drop(far);
             match serving.join() {
                 Ok(Ok(received)) => {
-                    tracing::info!(?received, "host memory");
+                    tracing::info!(
+                        bytes = received.bytes,
+                        ready = received.ready,
+                        complete = received.complete,
+                        "host memory"
+                    );
                     self.report.host_bytes = received.bytes;
                     self.report.host_ready_bytes = received.ready;
+                    self.received = Some(received);
                 }
                 Ok(Err(e)) => tracing::error!(error = %e, "host memory"),
                 Err(_) => tracing::error!("the thread that receives host memory panicked"),

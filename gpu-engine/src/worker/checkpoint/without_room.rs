@@ -72,6 +72,7 @@ impl Checkpoint<'_> {
 
     fn commit_saved(&mut self, saved: Saved) -> Result<(), EngineError> {
         self.progress.step(State::Commit, 0)?;
+        self.trim_pages();
         let (device, job) = (self.device.clone(), self.job);
         save::commit(device.as_ref(), saved, None, job, &self.subjects, &mut self.report)?;
         self.image_is_complete()
