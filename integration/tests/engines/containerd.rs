@@ -45,11 +45,26 @@ fn clones(tools: &Tools) -> Result<()> {
     done(try_checkpoint(&engine, "box", "local/checkpoint:1")?)?;
     // The clone brings the lines so far with it, and goes on from there.
     let before = steps(&original, 5)?;
-    engine.run(&["container", "restore", "--live", "--rw", "clone", "local/checkpoint:1"])?;
-    let clone = inside(&engine, "clone")?;
-    steps(&clone, 5)?;
-    ensure!(steps(&original, 5)? > before);
-    engine.end("clone")?;
+    let restore = || engine.try_run(&["container", "restore", "--live", "--rw", "clone", "local/checkpoint:1"]);
+    let runc = done(place.command(&tools.runc, &["--version"], false)?)?;
+    let original = if runc.starts_with("runc version 1.1.") {
+        done(restore()?)?;
+        steps(&inside(&engine, "clone")?, 5)?;
+        ensure!(steps(&original, 5)? > before);
+        engine.end("clone")?;
+        original
+    } else {
+        // The clone's cgroup is the original's, and a newer runc wants it empty.
+        refused(&restore()?, &["cgroup is not empty"])?;
+        steps(&original, 5)?;
+        engine.end("box")?;
+        engine.try_run(&["container", "rm", "clone"])?;
+        done(restore()?)?;
+        steps(&inside(&engine, "clone")?, 5)?;
+        engine.end("clone")?;
+        engine.run_container(&DEVICE, IMAGE, "box", &INSIDE)?;
+        inside(&engine, "box")?
+    };
     steps(&original, 5)?;
     // Paused by hand, which `ctr` refuses to checkpoint: it stays so.
     engine.run(&["task", "pause", "box"])?;

@@ -1,7 +1,8 @@
 //! The commands people type, on real engines: Docker, Podman and containerd with their daemons and monitors. Each test
-//! runs with the engines of this machine, and with those of Debian 13 in its root file system.
+//! runs with the engines of this machine, and with those of Debian 13 and 14 in root file systems of theirs.
 
 mod containerd;
+mod cri;
 mod docker;
 mod podman;
 
@@ -18,7 +19,7 @@ use phos_integration::sandbox::sandboxed_in;
 use phos_integration::status;
 use phos_integration::tools::Tools;
 
-/// Two tests of one body: with this machine's engines and with Debian 13's.
+/// Tests of one body: with this machine's engines, with Debian 13's and with Debian 14's.
 macro_rules! generations {
     ($name:ident, $program:literal, $body:path) => {
         mod $name {
@@ -29,22 +30,27 @@ macro_rules! generations {
 
             #[test]
             fn debian_13() {
-                let root = phos_integration::root::debian_13();
-                crate::on(Some(root), concat!(module_path!(), "::debian_13"), $program, $body);
+                crate::on(Some(13), concat!(module_path!(), "::debian_13"), $program, $body);
+            }
+
+            #[test]
+            fn debian_14() {
+                crate::on(Some(14), concat!(module_path!(), "::debian_14"), $program, $body);
             }
         }
     };
 }
 use generations;
 
-fn on(root: Option<PathBuf>, path: &str, program: &str, test: fn(&Tools) -> Result<()>) {
+fn on(version: Option<u32>, path: &str, program: &str, test: fn(&Tools) -> Result<()>) {
     let name = path.split_once("::").map_or(path, |(_, inside)| inside);
-    if root.as_ref().is_some_and(|r| !r.join(".packages").exists()) {
-        assert!(
-            std::env::var("CI").is_err(),
-            "no engines of Debian 13: run integration/scripts/setup.sh engines"
-        );
-        eprintln!("skipped {name}: no engines of Debian 13 (integration/scripts/setup.sh engines)");
+    let root = version.map(root::debian);
+    if let (Some(version), Some(root)) = (version, &root)
+        && !root.join(".packages").exists()
+    {
+        let reason = format!("no engines of Debian {version}: run integration/scripts/setup.sh engines");
+        assert!(std::env::var("CI").is_err(), "{reason}");
+        eprintln!("skipped {name}: {reason}");
         return;
     }
     sandboxed_in(root.as_deref(), name, |tools| {

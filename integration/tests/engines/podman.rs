@@ -144,10 +144,5 @@ fn crun(tools: &Tools) -> Result<()> {
 /// Debian 12's crun is built without CRIU.
 #[test]
 fn above_crun_debian_13() {
-    crate::on(
-        Some(phos_integration::root::debian_13()),
-        concat!(module_path!(), "::above_crun_debian_13"),
-        "crun",
-        crun,
-    );
+    crate::on(Some(13), concat!(module_path!(), "::above_crun_debian_13"), "crun", crun);
 }
