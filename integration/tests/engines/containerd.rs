@@ -45,7 +45,8 @@ fn clones(tools: &Tools) -> Result<()> {
     done(try_checkpoint(&engine, "box", "local/checkpoint:1")?)?;
     // The clone brings the lines so far with it, and goes on from there.
     let before = steps(&original, 5)?;
-    let restore = || engine.try_run(&["container", "restore", "--live", "--rw", "clone", "local/checkpoint:1"]);
+    let restore =
+        || engine.try_run(&["container", "restore", "--live", "--rw", "clone", "local/checkpoint:1"]);
     let runc = done(place.command(&tools.runc, &["--version"], false)?)?;
     let original = if runc.starts_with("runc version 1.1.") {
         done(restore()?)?;

@@ -48,7 +48,8 @@ fn round_trips(tools: &Tools) -> Result<()> {
     documented("Docker", &engine.run(&["version", "--format", "{{.Server.Version}}"])?)?;
     engine.import(&bundle, "sample")?;
     let volume = format!("{}:/out", bundle.out.display());
-    let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", network(&engine)?, "-v", &volume];
+    let run =
+        ["run", "-d", "--name", "box", "--runtime", "phos", "--network", network(&engine)?, "-v", &volume];
     engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE].concat())?;
     let (status, joined) = (bundle.out.join("status"), bundle.out.join("joined"));
     steps(&status, 5)?;
@@ -157,7 +158,8 @@ fn refusals(tools: &Tools) -> Result<()> {
     let engine = Docker::start(&place)?;
     engine.import(&bundle, "sample")?;
     let volume = format!("{}:/out", bundle.out.display());
-    let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", network(&engine)?, "-v", &volume];
+    let run =
+        ["run", "-d", "--name", "box", "--runtime", "phos", "--network", network(&engine)?, "-v", &volume];
     engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE, &HANGING].concat())?;
     let status = bundle.out.join("status");
     steps(&status, 3)?;
