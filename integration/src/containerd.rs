@@ -1,7 +1,7 @@
 //! A containerd with everything of its own, and its client `ctr`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::bundle::Bundle;
 use crate::container::{Ended, Place};
-use crate::engine::{cgroup_parent, remove_cgroup_parent, runtime, succeeded};
+use crate::engine::{cgroup_parent, own_run, remove_cgroup_parent, runtime, succeeded};
 use crate::image::Layout;
 
 /// A running containerd.
@@ -42,6 +42,8 @@ impl<'a> Containerd<'a> {
         let daemon = Command::new("/usr/bin/containerd")
             .args(["--config", &at("containerd.toml")])
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            // Where checkpoints are written that go into images.
+            .env("XDG_RUNTIME_DIR", own_run(place)?)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -65,6 +67,17 @@ impl<'a> Containerd<'a> {
         let manifest = layout.add(&bundle.path.join("rootfs"), &[], &[])?;
         layout.archive(manifest, name, &into)?;
         self.run(&["image", "import", into.to_str().context("path")?]).map(|_| ())
+    }
+
+    /// The file of the stored archive that has a file of this name in it.
+    pub fn blob_with(&self, name: &str) -> Result<PathBuf> {
+        let blobs = self.place.path("containerd/io.containerd.content.v1.content/blobs/sha256");
+        let has = |blob: &Path| {
+            let listed = Command::new("tar").arg("-tf").arg(blob).stderr(Stdio::null()).output();
+            listed.is_ok_and(|o| String::from_utf8_lossy(&o.stdout).lines().any(|l| l == name))
+        };
+        let mut found = fs::read_dir(blobs)?.flatten().map(|e| e.path());
+        found.find(|blob| has(blob)).with_context(|| format!("no archive with {name}"))
     }
 
     /// Runs a container of an image under phos-runc.

@@ -58,6 +58,13 @@ pub fn differing<T>(place: &Place, name: &str, value: &str, f: impl FnOnce() -> 
     result
 }
 
+/// The folder of a place in which its containerd has the runtime write checkpoints.
+pub(crate) fn own_run(place: &Place) -> Result<PathBuf> {
+    let path = place.path("run");
+    fs::create_dir_all(&path)?;
+    Ok(path)
+}
+
 /// The cgroup below which an engine puts its containers: nothing of another engine's is in it.
 pub(crate) fn cgroup_parent(place: &Place) -> String {
     let folder = place.path("");
@@ -215,6 +222,8 @@ impl<'a> Docker<'a> {
         let daemon = Command::new("/usr/sbin/dockerd")
             .args(["--config-file", &at("daemon.json")])
             .env("PATH", path)
+            // Its containerd's, too.
+            .env("XDG_RUNTIME_DIR", own_run(place)?)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

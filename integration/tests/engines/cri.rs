@@ -10,10 +10,11 @@ use phos_integration::engine::differing;
 use phos_integration::registry::Registry;
 use phos_integration::tools::Tools;
 
-use crate::{
-    HANGING, SAMPLE, documented, done, flip_a_bit, hindrances, impatient, patiently, refused,
-    refused_while_busy, restore_hindrances, sample_root, steps, steps_again,
+use crate::wrong::{
+    HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
+    refused_without_space, restore_hindrances,
 };
+use crate::{SAMPLE, documented, done, patiently, refused, sample_root, steps, steps_again};
 
 /// A node: its registry, its containerd, a pod on it.
 struct Node<'a> {
@@ -137,6 +138,14 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&node.out, checkpoint)?;
+    // containerd's own folder for the checkpoint, and the kubelet's for the archive.
+    refused_without_space(&place.path("run"), checkpoint)?;
+    refused_read_only(&place.path("run"), "read-only file system", checkpoint)?;
+    let elsewhere = place.path("kubelet");
+    refused_read_only(&elsewhere, "read-only file system", || {
+        node.try_checkpoint(&container, &elsewhere.join("checkpoint.tar"))
+    })?;
+    steps(&status, 3)?;
     done(checkpoint()?)?;
     let stood_at = steps(&status, 0)?;
     node.cri.remove(&container)?;
@@ -147,10 +156,11 @@ fn refusals(tools: &Tools) -> Result<()> {
         refused(&differing(&place, name, &value, || Ok(node.try_run(&archive)))?, &[words])?;
     }
     let unpacked = node.unpack(&archive)?;
-    flip_a_bit(&unpacked)?;
-    let damaged = place.path("damaged.tar").display().to_string();
-    node.tar(&["-C", &unpacked.display().to_string(), "-cf", &damaged, "."])?;
-    refused(&node.try_run(&damaged), &["phos-gpu-0.img is damaged"])?;
+    let (folder, damaged) = (unpacked.display().to_string(), place.path("damaged.tar").display().to_string());
+    refused_while_damaged(&unpacked, || {
+        node.tar(&["-C", &folder, "-cf", &damaged, "."])?;
+        Ok(node.try_run(&damaged))
+    })?;
     done(node.try_run(&archive))?;
     steps_again(&status, stood_at)
 }

@@ -8,9 +8,13 @@ use phos_integration::engine::{Docker, differing};
 use phos_integration::status;
 use phos_integration::tools::Tools;
 
+use crate::wrong::{
+    HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
+    refused_without_space, restore_hindrances,
+};
 use crate::{
-    DEVICE, HANGING, SAMPLE, documented, done, flip_a_bit, generations, hindrances, impatient, open_folder,
-    patiently, refused, refused_while_busy, restore_hindrances, sample_root, steps, steps_again, user,
+    DEVICE, SAMPLE, documented, done, generations, open_folder, patiently, refused, sample_root, steps,
+    steps_again, user,
 };
 
 /// A checkpoint, whatever comes of it.
@@ -169,14 +173,22 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&bundle.out, leave_running)?;
+    // The folder of Docker's containerd, where the runtime writes; and the one that the person names.
+    refused_without_space(&place.path("run"), leave_running)?;
+    refused_read_only(&place.path("run"), "read-only file system", leave_running)?;
+    let elsewhere = place.path("elsewhere");
+    let folder = elsewhere.display().to_string();
+    refused_read_only(&elsewhere, "read-only file system", || {
+        try_checkpoint(&engine, &["--leave-running", "--checkpoint-dir", &folder], "bad")
+    })?;
+    steps(&status, 3)?;
     checkpoint(&engine, &[], "good")?;
+    refused(&leave_running()?, &["not running"])?;
     let restart = || try_start(&engine, "good");
     for (name, value, words) in restore_hindrances(&place)? {
         refused(&differing(&place, name, &value, restart)?, &[words])?;
     }
-    flip_a_bit(&place.path("docker"))?;
-    refused(&restart()?, &["phos-gpu-0.img is damaged"])?;
-    flip_a_bit(&place.path("docker"))?;
+    refused_while_damaged(&place.path("docker"), restart)?;
     done(restart()?)?;
     steps(&status, 5).map(|_| ())
 }

@@ -9,9 +9,13 @@ use phos_integration::container::Place;
 use phos_integration::engine::{Podman, differing};
 use phos_integration::tools::Tools;
 
+use crate::wrong::{
+    HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
+    refused_without_space, restore_hindrances,
+};
 use crate::{
-    DEVICE, HANGING, SAMPLE, documented, done, flip_a_bit, generations, hindrances, impatient, open_folder,
-    refused, refused_while_busy, restore_hindrances, sample_root, steps, steps_again, user,
+    DEVICE, SAMPLE, documented, done, generations, open_folder, refused, sample_root, steps, steps_again,
+    user,
 };
 
 fn in_place(tools: &Tools) -> Result<()> {
@@ -102,14 +106,24 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&bundle.out, leave_running)?;
+    // The folder in Podman's own storage, where the runtime writes; and the one that the person names.
+    let configuration = engine.run(&["inspect", "--format", "{{.OCIConfigPath}}", "box"])?;
+    let folder = Path::new(configuration.trim()).with_file_name("checkpoint");
+    refused_without_space(&folder, leave_running)?;
+    refused_read_only(&folder, "cannot be written", leave_running)?;
+    let elsewhere = place.path("elsewhere");
+    let archive = elsewhere.join("checkpoint.tar").display().to_string();
+    refused_read_only(&elsewhere, "read-only file system", || {
+        engine.try_run(&["container", "checkpoint", "--leave-running", "--export", &archive, "box"])
+    })?;
+    steps(&status, 3)?;
     engine.run(&["container", "checkpoint", "box"])?;
+    refused(&leave_running()?, &["not running"])?;
     let restore = || engine.try_run(&["container", "restore", "--keep", "box"]);
     for (name, value, words) in restore_hindrances(&place)? {
         refused(&differing(&place, name, &value, restore)?, &[words])?;
     }
-    flip_a_bit(&place.path("podman"))?;
-    refused(&restore()?, &["phos-gpu-0.img is damaged"])?;
-    flip_a_bit(&place.path("podman"))?;
+    refused_while_damaged(&place.path("podman"), restore)?;
     done(restore()?)?;
     steps(&status, 5).map(|_| ())
 }
