@@ -17,6 +17,11 @@ pub fn debian(version: u32) -> PathBuf {
     workspace().join(format!(".tools/debian-{version}"))
 }
 
+/// Whether this process is in one of them.
+pub fn entered() -> bool {
+    Path::new("/.packages").exists()
+}
+
 /// What the system that this process sees calls itself, such as `debian 13`.
 pub fn system() -> String {
     let text = fs::read_to_string("/etc/os-release").unwrap_or_default();

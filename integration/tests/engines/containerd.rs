@@ -11,11 +11,12 @@ use phos_integration::container::{Ended, Place};
 use phos_integration::containerd::Containerd;
 use phos_integration::engine::differing;
 use phos_integration::processes::{process_with, wait_until};
+use phos_integration::root;
 use phos_integration::tools::Tools;
 
 use crate::wrong::{
     HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
-    refused_without_space, restore_hindrances,
+    refused_while_silent, refused_without_space, restore_hindrances,
 };
 use crate::{
     SAMPLE, SECCOMP, documented, done, generations, open_folder, patiently, refused, sample_root,
@@ -120,6 +121,10 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&out, leave_running)?;
+    // Once for each engine: it takes long.
+    if !root::entered() {
+        refused_while_silent(&out, leave_running)?;
+    }
     let folder = place.path("images");
     let image = folder.join("image").display().to_string();
     let into_folder = || patiently(|| engine.try_run(&["task", "checkpoint", "--image-path", &image, "box"]));

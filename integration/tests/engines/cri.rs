@@ -12,7 +12,7 @@ use phos_integration::tools::Tools;
 
 use crate::wrong::{
     HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
-    refused_without_space, restore_hindrances,
+    refused_while_silent, refused_without_space, restore_hindrances,
 };
 use crate::{SAMPLE, documented, done, patiently, refused, sample_root, steps, steps_again};
 
@@ -138,6 +138,7 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&node.out, checkpoint)?;
+    refused_while_silent(&node.out, checkpoint)?;
     // containerd's own folder for the checkpoint, and the kubelet's for the archive.
     refused_without_space(&place.path("run"), checkpoint)?;
     refused_read_only(&place.path("run"), "read-only file system", checkpoint)?;

@@ -5,12 +5,13 @@ use std::fs;
 use anyhow::{Result, ensure};
 use phos_integration::container::{Ended, Place};
 use phos_integration::engine::{Docker, differing};
+use phos_integration::root;
 use phos_integration::status;
 use phos_integration::tools::Tools;
 
 use crate::wrong::{
     HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
-    refused_without_space, restore_hindrances,
+    refused_while_silent, refused_without_space, restore_hindrances,
 };
 use crate::{
     DEVICE, SAMPLE, documented, done, generations, open_folder, patiently, refused, sample_root, steps,
@@ -173,6 +174,10 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&bundle.out, leave_running)?;
+    // Once for each engine: it takes long.
+    if !root::entered() {
+        refused_while_silent(&bundle.out, leave_running)?;
+    }
     // The folder of Docker's containerd, where the runtime writes; and the one that the person names.
     refused_without_space(&place.path("run"), leave_running)?;
     refused_read_only(&place.path("run"), "read-only file system", leave_running)?;

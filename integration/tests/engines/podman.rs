@@ -7,11 +7,12 @@ use anyhow::{Result, ensure};
 use nix::mount::{MsFlags, mount};
 use phos_integration::container::Place;
 use phos_integration::engine::{Podman, differing};
+use phos_integration::root;
 use phos_integration::tools::Tools;
 
 use crate::wrong::{
     HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
-    refused_without_space, restore_hindrances,
+    refused_while_silent, refused_without_space, restore_hindrances,
 };
 use crate::{
     DEVICE, SAMPLE, documented, done, generations, open_folder, refused, sample_root, steps, steps_again,
@@ -106,6 +107,10 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&bundle.out, leave_running)?;
+    // Once for each engine: it takes long.
+    if !root::entered() {
+        refused_while_silent(&bundle.out, leave_running)?;
+    }
     // The folder in Podman's own storage, where the runtime writes; and the one that the person names.
     let configuration = engine.run(&["inspect", "--format", "{{.OCIConfigPath}}", "box"])?;
     let folder = Path::new(configuration.trim()).with_file_name("checkpoint");
