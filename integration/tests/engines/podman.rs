@@ -4,9 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MsFlags, mount, umount};
 use phos_integration::container::Place;
-use phos_integration::engine::{Podman, differing};
+use phos_integration::engine::{Podman, differing, remove_cgroup_parent};
 use phos_integration::root;
 use phos_integration::tools::Tools;
 
@@ -142,7 +142,8 @@ fn crun(tools: &Tools) -> Result<()> {
     let bundle = sample_root(&place)?;
     // crun runs on either hierarchy, but not where the unified one stands beside the old ones with controllers of its own.
     let unified = Path::new("/sys/fs/cgroup/unified");
-    if unified.exists() {
+    let covered = unified.exists();
+    if covered {
         mount(Some("tmpfs"), unified, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
     }
     let engine = Podman::new(&place)?;
@@ -157,7 +158,14 @@ fn crun(tools: &Tools) -> Result<()> {
     steps(&status, 5)?;
     engine.run(&["container", "checkpoint", "box"])?;
     engine.run(&["container", "restore", "box"])?;
-    steps(&status, 5).map(|_| ())
+    steps(&status, 5)?;
+    drop(engine);
+    if covered {
+        // CRIU finds the covered hierarchy all the same, and makes the container's cgroup in it, with copies of all there are.
+        umount(unified)?;
+        remove_cgroup_parent(&place);
+    }
+    Ok(())
 }
 
 /// Debian 12's crun is built without CRIU.
