@@ -2,8 +2,8 @@
 # Installs what the demo and the tests need and the machine lacks: runc, busybox, and a CRIU of at least 4.1 in
 # .tools/ (Debian 13's, run by its own loader, where the machine has none). Needs root and apt. Quick when all is there.
 # `setup.sh engines` installs Docker, containerd and Podman too, for the tests that type their commands, and an allocator that
-# is preloaded beside libphos.so; and it unpacks the engines of Debian 13 in .tools/debian-13/, a root file system that the
-# tests enter.
+# is preloaded beside libphos.so; and it unpacks the engines of Debian 13 and 14 in .tools/debian-13/ and .tools/debian-14/,
+# root file systems that the tests enter.
 set -euo pipefail
 top=$(cd "$(dirname "$0")/../.." && pwd)
 tools="$top/.tools"
@@ -37,11 +37,11 @@ new_enough() {
     [ -n "$version" ] && [ "$(printf '%s\n4.1\n' "$version" | sort -V | head -n 1)" = 4.1 ]
 }
 
-# Fetches packages of Debian 13 (on Ubuntu: of Ubuntu 26.04) with everything they need from the machine's own mirror,
-# without touching its apt, and unpacks them in a folder of .tools/.
+# Fetches packages of a suite of Debian (on Ubuntu: of Ubuntu 26.04) with everything they need from the machine's own mirror,
+# without touching its apt, and unpacks them in a folder of .tools/: FOLDER SUITE PACKAGE...
 fetch() {
-    local state="$tools/apt" target="$tools/$1" mirror sources suite="trixie main" signed=/usr/share/keyrings/debian-archive-keyring.gpg
-    shift
+    local state="$tools/apt" target="$tools/$1" mirror sources suite="$2 main" signed=/usr/share/keyrings/debian-archive-keyring.gpg
+    shift 2
     rm -rf "$state" "$target"
     mkdir -p "$state"/{lists/partial,cache/archives/partial,etc}
     : >"$state/status"
@@ -71,7 +71,7 @@ if [ ! -x "$tools/bin/criu" ] || ! new_enough "$tools/bin/criu"; then
         ln -sf "$(command -v criu)" "$tools/bin/criu"
     else
         say "fetching CRIU of Debian 13"
-        fetch trixie criu runc libseccomp2
+        fetch trixie trixie criu runc libseccomp2
         cat >"$tools/bin/criu" <<'W'
 #!/bin/sh
 # CRIU by its own loader: the machine's C library may be older.
@@ -84,24 +84,29 @@ W
 fi
 new_enough "$tools/bin/criu" || { say "CRIU in $tools/bin does not run"; exit 1; }
 
-# A root file system of another generation. Its packages' scripts do not run; what they would have made is made here.
+# A root file system of another generation: VERSION SUITE. Its packages' scripts do not run; what they would have made is made
+# here.
+generation() {
+    local root="$tools/debian-$1" packages
+    packages="base-files base-passwd dash bash coreutils tar gzip libc-bin busybox-static iptables iproute2 docker.io docker-cli podman conmon containerd runc crun libcriu2 criu"
+    [ "$(cat "$root/.packages" 2>/dev/null)" != "$packages" ] || return 0
+    say "fetching the engines of Debian $1"
+    # shellcheck disable=SC2086
+    fetch "debian-$1" "$2" $packages
+    cp "$root/usr/share/base-passwd/passwd.master" "$root/etc/passwd"
+    cp "$root/usr/share/base-passwd/group.master" "$root/etc/group"
+    touch "$root/etc/hosts" "$root/etc/resolv.conf"
+    # CRIU locks a container's network with these.
+    ln -s xtables-nft-multi "$root/usr/sbin/iptables-restore"
+    ln -s xtables-nft-multi "$root/usr/sbin/ip6tables-restore"
+    echo "$packages" >"$root/.packages"
+}
+
 if [ "${1:-}" = engines ]; then
-    root="$tools/debian-13"
-    packages="base-files dash bash coreutils tar gzip libc-bin busybox-static iptables iproute2 docker.io docker-cli podman conmon containerd runc crun libcriu2 criu"
     if grep -q '^ID=debian' /etc/os-release || [ -n "${PHOS_DEBIAN_MIRROR:-}" ]; then
-        if [ "$(cat "$root/.packages" 2>/dev/null)" != "$packages" ]; then
-            say "fetching the engines of Debian 13"
-            # shellcheck disable=SC2086
-            fetch debian-13 $packages
-            cp "$root/usr/share/base-passwd/passwd.master" "$root/etc/passwd"
-            cp "$root/usr/share/base-passwd/group.master" "$root/etc/group"
-            touch "$root/etc/hosts" "$root/etc/resolv.conf"
-            # CRIU locks a container's network with these.
-            ln -s xtables-nft-multi "$root/usr/sbin/iptables-restore"
-            ln -s xtables-nft-multi "$root/usr/sbin/ip6tables-restore"
-            echo "$packages" >"$root/.packages"
-        fi
+        generation 13 trixie
+        generation 14 forky
     else
-        say "no engines of Debian 13: set PHOS_DEBIAN_MIRROR to fetch them"
+        say "no engines of Debian 13 and 14: set PHOS_DEBIAN_MIRROR to fetch them"
     fi
 fi

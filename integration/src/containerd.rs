@@ -1,7 +1,7 @@
 //! A containerd with everything of its own, and its client `ctr`.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,77 +9,41 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 use crate::container::{Ended, Place};
-use crate::engine::{cgroup_parent, remove_cgroup_parent, runtime, succeeded};
+use crate::engine::{cgroup_parent, own_run, remove_cgroup_parent, runtime, succeeded};
+use crate::image::Layout;
 
 /// A running containerd.
 pub struct Containerd<'a> {
     place: &'a Place,
     daemon: Child,
-    socket: String,
+    /// Where it listens.
+    pub(crate) socket: String,
     runtime: String,
 }
 
-/// Stores a blob of an OCI layout; returns its descriptor's digest and size.
-fn store(layout: &Path, blob: &Path) -> Result<Value> {
-    let output = Command::new("sha256sum").arg(blob).output()?;
-    let text = String::from_utf8(output.stdout)?;
-    let digest = text.split_whitespace().next().context("sha256sum")?;
-    let size = fs::metadata(blob)?.len();
-    fs::rename(blob, layout.join("blobs/sha256").join(digest))?;
-    Ok(json!({"digest": format!("sha256:{digest}"), "size": size}))
-}
-
-/// Writes an OCI image archive of a root file system. Format: the OCI image specification, version 1.0.
-fn archive(root: &Path, layout: &Path, name: &str, into: &Path) -> Result<()> {
-    fs::create_dir_all(layout.join("blobs/sha256"))?;
-    let tar = |folder: &Path, into: &Path| -> Result<()> {
-        ensure!(Command::new("tar").arg("-C").arg(folder).arg("-cf").arg(into).arg(".").status()?.success());
-        Ok(())
-    };
-    let blob = into.with_extension("blob");
-    let descriptor = |media: &str, mut stored: Value| {
-        stored["mediaType"] = media.into();
-        stored
-    };
-    tar(root, &blob)?;
-    let layer = store(layout, &blob)?;
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "config": {},
-        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
-    });
-    fs::write(&blob, config.to_string())?;
-    let config = descriptor("application/vnd.oci.image.config.v1+json", store(layout, &blob)?);
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json", "config": config,
-        "layers": [descriptor("application/vnd.oci.image.layer.v1.tar", layer)],
-    });
-    fs::write(&blob, manifest.to_string())?;
-    let mut manifest = descriptor("application/vnd.oci.image.manifest.v1+json", store(layout, &blob)?);
-    manifest["annotations"] = json!({"io.containerd.image.name": name});
-    fs::write(layout.join("oci-layout"), json!({"imageLayoutVersion": "1.0.0"}).to_string())?;
-    fs::write(layout.join("index.json"), json!({"schemaVersion": 2, "manifests": [manifest]}).to_string())?;
-    tar(layout, into)
-}
-
 impl<'a> Containerd<'a> {
-    /// Starts it.
+    /// Starts one without the CRI.
     pub fn start(place: &'a Place) -> Result<Self> {
+        Self::configured(place, "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n")
+    }
+
+    /// Starts one with this configuration, which says nothing of where it has its files.
+    pub fn configured(place: &'a Place, config: &str) -> Result<Self> {
         let at = |name: &str| place.path(name).display().to_string();
         let socket = at("containerd.sock");
-        let config = format!(
-            "version = 2\nroot = \"{}\"\nstate = \"{}\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = \"{socket}\"\n",
-            at("containerd"),
-            at("containerd-state"),
-        );
+        let (root, state) = (at("containerd"), at("containerd-state"));
+        let files = format!("root = \"{root}\"\nstate = \"{state}\"\n");
+        let config = format!("{files}{config}\n[grpc]\n  address = \"{socket}\"\n");
         fs::write(place.path("containerd.toml"), config)?;
         let log = fs::File::create(place.path("containerd.log"))?;
         let daemon = Command::new("/usr/bin/containerd")
             .args(["--config", &at("containerd.toml")])
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            // Where checkpoints are written that go into images.
+            .env("XDG_RUNTIME_DIR", own_run(place)?)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -99,8 +63,21 @@ impl<'a> Containerd<'a> {
     /// Makes an image of a bundle's root file system.
     pub fn import(&self, bundle: &Bundle, name: &str) -> Result<()> {
         let into = self.place.path("image.tar");
-        archive(&bundle.path.join("rootfs"), &self.place.path("layout"), name, &into)?;
+        let layout = Layout::new(self.place.path("layout"))?;
+        let manifest = layout.add(&bundle.path.join("rootfs"), &[], &[])?;
+        layout.archive(manifest, name, &into)?;
         self.run(&["image", "import", into.to_str().context("path")?]).map(|_| ())
+    }
+
+    /// The file of the stored archive that has a file of this name in it.
+    pub fn blob_with(&self, name: &str) -> Result<PathBuf> {
+        let blobs = self.place.path("containerd/io.containerd.content.v1.content/blobs/sha256");
+        let has = |blob: &Path| {
+            let listed = Command::new("tar").arg("-tf").arg(blob).stderr(Stdio::null()).output();
+            listed.is_ok_and(|o| String::from_utf8_lossy(&o.stdout).lines().any(|l| l == name))
+        };
+        let mut found = fs::read_dir(blobs)?.flatten().map(|e| e.path());
+        found.find(|blob| has(blob)).with_context(|| format!("no archive with {name}"))
     }
 
     /// Runs a container of an image under phos-runc.

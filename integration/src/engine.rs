@@ -58,24 +58,38 @@ pub fn differing<T>(place: &Place, name: &str, value: &str, f: impl FnOnce() -> 
     result
 }
 
+/// The folder of a place in which its containerd has the runtime write checkpoints.
+pub(crate) fn own_run(place: &Place) -> Result<PathBuf> {
+    let path = place.path("run");
+    fs::create_dir_all(&path)?;
+    Ok(path)
+}
+
 /// The cgroup below which an engine puts its containers: nothing of another engine's is in it.
 pub(crate) fn cgroup_parent(place: &Place) -> String {
     let folder = place.path("");
     format!("/{}-engine", folder.file_name().unwrap_or_default().to_string_lossy())
 }
 
+/// Removes a cgroup with all below it, as far as nothing runs in them.
+fn remove_cgroups(folder: &Path) {
+    for child in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if child.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_cgroups(&child.path());
+        }
+    }
+    let _ = fs::remove_dir(folder);
+}
+
 /// Removes that cgroup from every hierarchy.
-pub(crate) fn remove_cgroup_parent(place: &Place) {
+pub fn remove_cgroup_parent(place: &Place) {
     let name = cgroup_parent(place);
     let hierarchies = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
     for hierarchy in hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]) {
         let parent = hierarchy.join(name.trim_start_matches('/'));
         // Monitors end a moment after their containers.
         for _ in 0..20 {
-            for child in fs::read_dir(&parent).into_iter().flatten().flatten() {
-                let _ = fs::remove_dir(child.path());
-            }
-            let _ = fs::remove_dir(&parent);
+            remove_cgroups(&parent);
             if !parent.exists() {
                 break;
             }
@@ -215,6 +229,8 @@ impl<'a> Docker<'a> {
         let daemon = Command::new("/usr/sbin/dockerd")
             .args(["--config-file", &at("daemon.json")])
             .env("PATH", path)
+            // Its containerd's, too.
+            .env("XDG_RUNTIME_DIR", own_run(place)?)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

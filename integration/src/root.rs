@@ -12,9 +12,14 @@ use crate::tools::{built, workspace};
 
 const NONE: Option<&str> = None;
 
-/// The root file system that `setup.sh engines` unpacks.
-pub fn debian_13() -> PathBuf {
-    workspace().join(".tools/debian-13")
+/// The root file system of a version of Debian that `setup.sh engines` unpacks.
+pub fn debian(version: u32) -> PathBuf {
+    workspace().join(format!(".tools/debian-{version}"))
+}
+
+/// Whether this process is in one of them.
+pub fn entered() -> bool {
+    Path::new("/.packages").exists()
 }
 
 /// What the system that this process sees calls itself, such as `debian 13`.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use phos_integration::bundle::{Bundle, Gpu};
 use phos_integration::container::{Container, Place};
 use phos_integration::engine::{Docker, Podman, present};
-use phos_integration::root::debian_13;
+use phos_integration::root::debian;
 use phos_integration::sandbox::{sandboxed, sandboxed_in};
 use phos_integration::status;
 use phos_integration::toolkit::{CdiFolder, DRIVER, LIBRARIES, Toolkit};
@@ -256,7 +256,7 @@ fn docker_cdi(tools: &Tools) -> Result<()> {
 #[test]
 fn docker_of_debian_13_with_a_generated_cdi_specification() {
     const NAME: &str = "docker_of_debian_13_with_a_generated_cdi_specification";
-    let debian = debian_13();
+    let debian = debian(13);
     if !debian.join(".packages").exists() {
         assert!(
             std::env::var("CI").is_err(),

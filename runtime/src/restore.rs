@@ -100,7 +100,7 @@ fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path:
         let client = Client::connect(&keeper, START).await?;
         fault::at(Moment::Connected)?;
         client.restore(&job).await?;
-        rebuild(run, &client, keeper.alive(), Duration::from_millis(timeouts.lower_ms)).await
+        rebuild(run, state, &client, keeper.alive(), Duration::from_millis(timeouts.lower_ms)).await
     });
     // A worker that is gone could not say why; its keeper can.
     let result = match result {
@@ -175,6 +175,7 @@ fn effective_spec(run: &Context, image: &Image, spec: &Value) -> Result<Value> {
 /// holds `alive` meanwhile.
 async fn rebuild(
     run: &Context,
+    state: &StateDir,
     client: &Client,
     alive: Option<BorrowedFd<'_>>,
     limit: Duration,
@@ -182,6 +183,11 @@ async fn rebuild(
     let args = &run.args;
     let id = args.id().unwrap_or_default();
     let mut command = run.lower.program();
+    if !args.global.contains_key("log") {
+        // Engines read standard error for the cause of a failure: warnings do not belong there. Nor do they belong into what
+        // the container prints, which goes the same way.
+        command.arg("--log").arg(state.lower_log());
+    }
     command.args(&args.without(TRACE).all).stdin(Stdio::inherit());
     if let Some(alive) = alive.map(|fd| fd.as_raw_fd()) {
         // SAFETY: between fork and exec only an async-signal-safe call is made: fcntl, on an fd that is open until then.

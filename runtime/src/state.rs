@@ -86,6 +86,11 @@ impl StateDir {
         self.path.join("no-plugins")
     }
 
+    /// What the lower runtime logs where the engine has named no file.
+    pub fn lower_log(&self) -> PathBuf {
+        self.path.join("lower.log")
+    }
+
     /// Options for CRIU that the lower runtime does not set.
     pub fn criu_options(&self) -> PathBuf {
         self.path.join("criu.conf")

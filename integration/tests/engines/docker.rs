@@ -5,12 +5,17 @@ use std::fs;
 use anyhow::{Result, ensure};
 use phos_integration::container::{Ended, Place};
 use phos_integration::engine::{Docker, differing};
+use phos_integration::root;
 use phos_integration::status;
 use phos_integration::tools::Tools;
 
+use crate::wrong::{
+    HANGING, hindrances, impatient, refused_read_only, refused_while_busy, refused_while_damaged,
+    refused_while_silent, refused_without_space, restore_hindrances,
+};
 use crate::{
-    DEVICE, HANGING, SAMPLE, documented, done, flip_a_bit, generations, hindrances, impatient, open_folder,
-    patiently, refused, refused_while_busy, restore_hindrances, sample_root, steps, steps_again, user,
+    DEVICE, SAMPLE, documented, done, generations, open_folder, patiently, refused, sample_root, steps,
+    steps_again, user,
 };
 
 /// A checkpoint, whatever comes of it.
@@ -33,6 +38,14 @@ fn start(engine: &Docker<'_>, name: &str) -> Result<()> {
     done(try_start(engine, name)?).map(|_| ())
 }
 
+/// A network with which this version restores: 28 looks for the namespace of one of its own in a process that is not there yet,
+/// with any runtime.
+fn network(engine: &Docker<'_>) -> Result<&'static str> {
+    let version = engine.run(&["version", "--format", "{{.Server.Version}}"])?;
+    let major: u32 = version.split('.').next().and_then(|v| v.parse().ok()).unwrap_or(0);
+    Ok(if major < 28 { "none" } else { "host" })
+}
+
 fn round_trips(tools: &Tools) -> Result<()> {
     let place = Place::new(tools)?;
     let bundle = sample_root(&place)?;
@@ -40,7 +53,8 @@ fn round_trips(tools: &Tools) -> Result<()> {
     documented("Docker", &engine.run(&["version", "--format", "{{.Server.Version}}"])?)?;
     engine.import(&bundle, "sample")?;
     let volume = format!("{}:/out", bundle.out.display());
-    let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", "none", "-v", &volume];
+    let run =
+        ["run", "-d", "--name", "box", "--runtime", "phos", "--network", network(&engine)?, "-v", &volume];
     engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE].concat())?;
     let (status, joined) = (bundle.out.join("status"), bundle.out.join("joined"));
     steps(&status, 5)?;
@@ -117,7 +131,7 @@ fn shapes(tools: &Tools) -> Result<()> {
     engine.run(&["rm", "-f", "box"])?;
 
     // What it prints goes through pipes to the engine's log, before and after.
-    let run = ["run", "-d", "-i", "--name", "box", "--runtime", "phos", "--network", "none"];
+    let run = ["run", "-d", "-i", "--name", "box", "--runtime", "phos", "--network", network(&engine)?];
     let sample = ["/usr/bin/phos-sample", "--out", "/dev/stdout", "--mib", "16"];
     engine.run(&[&run[..], &DEVICE, &["sample"], &sample].concat())?;
     let printed = place.path("printed");
@@ -149,7 +163,8 @@ fn refusals(tools: &Tools) -> Result<()> {
     let engine = Docker::start(&place)?;
     engine.import(&bundle, "sample")?;
     let volume = format!("{}:/out", bundle.out.display());
-    let run = ["run", "-d", "--name", "box", "--runtime", "phos", "--network", "none", "-v", &volume];
+    let run =
+        ["run", "-d", "--name", "box", "--runtime", "phos", "--network", network(&engine)?, "-v", &volume];
     engine.run(&[&run[..], &DEVICE, &["sample"], &SAMPLE, &HANGING].concat())?;
     let status = bundle.out.join("status");
     steps(&status, 3)?;
@@ -159,14 +174,26 @@ fn refusals(tools: &Tools) -> Result<()> {
         steps(&status, 3)?;
     }
     refused_while_busy(&bundle.out, leave_running)?;
+    // Once for each engine: it takes long.
+    if !root::entered() {
+        refused_while_silent(&bundle.out, leave_running)?;
+    }
+    // The folder of Docker's containerd, where the runtime writes; and the one that the person names.
+    refused_without_space(&place.path("run"), leave_running)?;
+    refused_read_only(&place.path("run"), "read-only file system", leave_running)?;
+    let elsewhere = place.path("elsewhere");
+    let folder = elsewhere.display().to_string();
+    refused_read_only(&elsewhere, "read-only file system", || {
+        try_checkpoint(&engine, &["--leave-running", "--checkpoint-dir", &folder], "bad")
+    })?;
+    steps(&status, 3)?;
     checkpoint(&engine, &[], "good")?;
+    refused(&leave_running()?, &["not running"])?;
     let restart = || try_start(&engine, "good");
     for (name, value, words) in restore_hindrances(&place)? {
         refused(&differing(&place, name, &value, restart)?, &[words])?;
     }
-    flip_a_bit(&place.path("docker"))?;
-    refused(&restart()?, &["phos-gpu-0.img is damaged"])?;
-    flip_a_bit(&place.path("docker"))?;
+    refused_while_damaged(&place.path("docker"), restart)?;
     done(restart()?)?;
     steps(&status, 5).map(|_| ())
 }

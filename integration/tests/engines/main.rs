@@ -1,9 +1,11 @@
 //! The commands people type, on real engines: Docker, Podman and containerd with their daemons and monitors. Each test
-//! runs with the engines of this machine, and with those of Debian 13 in its root file system.
+//! runs with the engines of this machine, and with those of Debian 13 and 14 in root file systems of theirs.
 
 mod containerd;
+mod cri;
 mod docker;
 mod podman;
+mod wrong;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,7 +20,7 @@ use phos_integration::sandbox::sandboxed_in;
 use phos_integration::status;
 use phos_integration::tools::Tools;
 
-/// Two tests of one body: with this machine's engines and with Debian 13's.
+/// Tests of one body: with this machine's engines, with Debian 13's and with Debian 14's.
 macro_rules! generations {
     ($name:ident, $program:literal, $body:path) => {
         mod $name {
@@ -29,22 +31,27 @@ macro_rules! generations {
 
             #[test]
             fn debian_13() {
-                let root = phos_integration::root::debian_13();
-                crate::on(Some(root), concat!(module_path!(), "::debian_13"), $program, $body);
+                crate::on(Some(13), concat!(module_path!(), "::debian_13"), $program, $body);
+            }
+
+            #[test]
+            fn debian_14() {
+                crate::on(Some(14), concat!(module_path!(), "::debian_14"), $program, $body);
             }
         }
     };
 }
 use generations;
 
-fn on(root: Option<PathBuf>, path: &str, program: &str, test: fn(&Tools) -> Result<()>) {
+fn on(version: Option<u32>, path: &str, program: &str, test: fn(&Tools) -> Result<()>) {
     let name = path.split_once("::").map_or(path, |(_, inside)| inside);
-    if root.as_ref().is_some_and(|r| !r.join(".packages").exists()) {
-        assert!(
-            std::env::var("CI").is_err(),
-            "no engines of Debian 13: run integration/scripts/setup.sh engines"
-        );
-        eprintln!("skipped {name}: no engines of Debian 13 (integration/scripts/setup.sh engines)");
+    let root = version.map(root::debian);
+    if let (Some(version), Some(root)) = (version, &root)
+        && !root.join(".packages").exists()
+    {
+        let reason = format!("no engines of Debian {version}: run integration/scripts/setup.sh engines");
+        assert!(std::env::var("CI").is_err(), "{reason}");
+        eprintln!("skipped {name}: {reason}");
         return;
     }
     sandboxed_in(root.as_deref(), name, |tools| {
@@ -173,84 +180,4 @@ fn slow_runtime(place: &Place) -> Result<String> {
     let (mark, runc) = (place.path("dumping"), &place.tools.runc);
     let case = format!("case \" $* \" in *' checkpoint '*) : >{}; sleep 1 ;; esac", mark.display());
     script(place, "slow-runc", &format!("#!/bin/sh\n{case}\nexec {} \"$@\"\n", runc.display()))
-}
-
-/// A lower runtime whose CRIU fails, for a reason that is in CRIU's log only.
-fn broken_runtime(place: &Place) -> Result<String> {
-    let text = format!(
-        r#"#!/bin/sh
-for word in "$@"; do
-    case "$previous" in --work-path) work=$word ;; --log) log=$word ;; esac
-    case "$word" in checkpoint) verb=dump ;; restore) verb=restore ;; esac
-    previous=$word
-done
-[ -n "$verb" ] && [ -n "$work" ] || exec {} "$@"
-mkdir -p "$work"
-echo '(00.01) Error (criu/x.c:1): This is why' >"$work/$verb.log"
-[ -z "$log" ] || printf '%s\n' '{{"level":"error","msg":"criu failed: type NOTIFY errno 0\nlog file: x","time":"2026-01-01T00:00:00Z"}}' >>"$log"
-echo 'criu failed: type NOTIFY errno 0' >&2
-exit 1
-"#,
-        place.tools.runc.display()
-    );
-    script(place, "broken-runc", &text)
-}
-
-/// What makes a checkpoint impossible: a variable of phos-runc's environment, and the words that say so.
-fn hindrances(place: &Place) -> Result<Vec<(&'static str, String, &'static str)>> {
-    Ok(vec![
-        ("PHOS_CRIU", "/does/not/exist".into(), "no CRIU found: install criu 4.1 or newer"),
-        ("PHOS_LIBCUDA", "/does/not/exist".into(), "no NVIDIA driver library on this host"),
-        ("PHOS_STRATEGY", "fast".into(), "unknown strategy 'fast': use auto, snapshot, precopy or stop"),
-        ("PHOS_LOWER_RUNTIME", broken_runtime(place)?, "CRIU: This is why (see "),
-    ])
-}
-
-/// The same of a restore.
-fn restore_hindrances(place: &Place) -> Result<Vec<(&'static str, String, &'static str)>> {
-    Ok(vec![
-        ("SIMCUDA_DRIVER", "12080".into(), "made with driver API 13000, this machine runs API 12080"),
-        ("SIMCUDA_UUID_SEED", "1".into(), "the image needs a Simulated GPU (GPU-"),
-        ("PHOS_CRIU", "/does/not/exist".into(), "no CRIU found: install criu 4.1 or newer"),
-        ("PHOS_LOWER_RUNTIME", broken_runtime(place)?, "CRIU: This is why (see "),
-    ])
-}
-
-/// The sample with a kernel that does not end as long as /out/hang exists; see [`impatient`].
-const HANGING: [&str; 2] = ["--hang-file", "/out/hang"];
-
-/// A place whose checkpoints wait for the GPU for one second.
-fn impatient(tools: &Tools) -> Result<Place> {
-    let place = Place::new(tools)?;
-    fs::write(place.path("config.toml"), "drain_timeout = 1\n")?;
-    Ok(place)
-}
-
-/// While the GPU is busy without end, a checkpoint is refused; then the program goes on.
-fn refused_while_busy(out: &Path, checkpoint: impl Fn() -> Result<Ended>) -> Result<()> {
-    fs::write(out.join("hang"), "")?;
-    std::thread::sleep(Duration::from_millis(300));
-    refused(&checkpoint()?, &["did not finish in time", "drain_timeout"])?;
-    fs::remove_file(out.join("hang"))?;
-    steps(&out.join("status"), 3).map(|_| ())
-}
-
-/// Changes one bit of a GPU image below `folder`. The second time it is as before.
-fn flip_a_bit(folder: &Path) -> Result<()> {
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder)?.flatten() {
-            let path = entry.path();
-            if path.file_name().is_some_and(|n| n == "phos-gpu-0.img") {
-                let mut bytes = fs::read(&path)?;
-                let middle = bytes.len() / 2;
-                bytes[middle] ^= 1;
-                return Ok(fs::write(path, bytes)?);
-            }
-            if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                folders.push(path);
-            }
-        }
-    }
-    anyhow::bail!("no GPU image")
 }
