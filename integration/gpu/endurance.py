@@ -32,7 +32,7 @@ def growth(values):
 def cycles(args):
     """--cycles leave-running checkpoints, a quarter as many stops and restores in between, at random times; every step is compared."""
     choose = random.Random(SEED)
-    box = Container("torch-1g", ("torch_steps.py", "--gb", "1", "--step-ms", "10"))
+    box = Container("torch-1g", ("torch_steps.py", "--gb", "1", "--step-ms", "25"))
     box.start()
     box.wait_steps(30)
     used, rss, pauses, failures = [], [], [], 0
