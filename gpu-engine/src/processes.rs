@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
+use phos_protocol::paths;
 use thiserror::Error;
 
 use crate::text::plain;
@@ -195,6 +196,13 @@ pub fn descends(process: &Process, init: i32, all: &[Process]) -> bool {
 /// Whether a process has a CUDA driver library loaded. Whether it uses it, the driver must say.
 pub fn has_driver_loaded(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("libcuda.so"))
+}
+
+/// Whether a process has `libphos.so` loaded, in front of the driver's library or preloaded.
+pub fn has_library_loaded(pid: i32) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let names = [paths::REAL_LIBCUDA, paths::PRELOAD_LIBRARY].map(|p| p.rsplit('/').next().unwrap_or(p));
+    names.into_iter().any(|name| maps.contains(name))
 }
 
 #[cfg(test)]
