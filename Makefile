@@ -6,7 +6,7 @@ PROFILE ?= release
 DESTDIR ?=
 CARGO ?= cargo
 
-.PHONY: fuzz licences all demo test test-embedded setup build debug release install uninstall kernels plot gpu-bundle
+.PHONY: fuzz licences deny all demo test test-embedded setup build debug release install uninstall kernels plot gpu-bundle
 
 all: release
 
@@ -76,3 +76,13 @@ fuzz:
 # The list of all crates that are built in, by licence.
 licences:
 	integration/scripts/licences.py --write
+
+# The same for every feature, by cargo-deny (installed into .tools, which takes some minutes); advisories where their database
+# can be reached.
+DENY = .tools/cargo-deny/bin/cargo-deny --workspace --config integration/deny.toml
+deny: .tools/cargo-deny/bin/cargo-deny
+	$(DENY) check bans licenses sources
+	if $(DENY) fetch db; then $(DENY) check advisories; else echo 'advisories: not checked, their database cannot be reached'; fi
+
+.tools/cargo-deny/bin/cargo-deny:
+	nice $(CARGO) install --locked --version 0.20.2 --root .tools/cargo-deny cargo-deny

@@ -133,6 +133,9 @@ pub enum EngineError {
         /// The GPU.
         gpu: GpuId,
     },
+    /// The container ended, or was ended, before its state was saved.
+    #[error("the container ended in the middle of the checkpoint: {0}")]
+    Ended(Box<EngineError>),
     /// The application could not be brought back. Nothing hides this one.
     #[error("{cause}; and the container could not be brought back to running: {rollback}")]
     RollbackFailed {

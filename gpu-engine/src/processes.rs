@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
+use phos_protocol::paths;
 use thiserror::Error;
 
 use crate::text::plain;
@@ -123,6 +124,33 @@ pub(crate) fn folder_of(pid: i32) -> Option<PathBuf> {
     cgroup_folder(&text, root, unified).filter(|folder| folder != root)
 }
 
+/// The cgroup folders of a process, one a hierarchy, without those that this program is in or below.
+pub fn cgroups_beyond_own(pid: i32) -> Vec<PathBuf> {
+    let read = |pid: &str| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let root = Path::new("/sys/fs/cgroup");
+    let unified = root.join("cgroup.controllers").exists();
+    beyond(&read(&pid.to_string()), &read("self"), root, unified)
+}
+
+fn beyond(text: &str, own: &str, root: &Path, unified: bool) -> Vec<PathBuf> {
+    let folders = |text: &str| -> Vec<PathBuf> {
+        let lines = text.lines().filter_map(|l| l.split_once(':')?.1.split_once(':'));
+        let found = lines.map(|(controllers, path)| {
+            let hierarchy = match controllers.split(',').next().unwrap_or_default() {
+                "" if unified => root.to_path_buf(),
+                "" => root.join("unified"),
+                first => root.join(first.trim_start_matches("name=")),
+            };
+            hierarchy.join(path.trim_start_matches('/'))
+        });
+        found.collect()
+    };
+    let own = folders(own);
+    let mut found = folders(text);
+    found.retain(|f| !own.iter().any(|o| o.starts_with(f)) && !f.components().any(|c| c.as_os_str() == ".."));
+    found
+}
+
 /// The cgroup folder that the container whose first process is `init` has to itself. `None` if it shares this program's.
 pub fn own_cgroup(init: i32) -> Option<PathBuf> {
     let folder = folder_of(init)?;
@@ -170,6 +198,13 @@ pub fn has_driver_loaded(pid: i32) -> bool {
     fs::read_to_string(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.contains("libcuda.so"))
 }
 
+/// Whether a process has `libphos.so` loaded, in front of the driver's library or preloaded.
+pub fn has_library_loaded(pid: i32) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let names = [paths::REAL_LIBCUDA, paths::PRELOAD_LIBRARY].map(|p| p.rsplit('/').next().unwrap_or(p));
+    names.into_iter().any(|name| maps.contains(name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +221,16 @@ mod tests {
         let folder = cgroup_folder(text, Path::new("/c"), false);
         assert_eq!(folder.as_deref(), Some(Path::new("/c/freezer/box/1")));
         assert_eq!(cgroup_folder("8:pids:/\n0::/\n", Path::new("/c"), false), None);
+    }
+
+    #[test]
+    fn only_cgroups_that_this_program_is_not_in_are_a_containers_own() {
+        let own = "5:freezer:/\n3:cpu,cpuacct:/box/1\n1:name=systemd:/\n0::/\n";
+        let text = "5:freezer:/c\n3:cpu,cpuacct:/box\n1:name=systemd:/c\n0::/../c\n";
+        let found = beyond(text, own, Path::new("/g"), false);
+        assert_eq!(found, ["/g/freezer/c", "/g/systemd/c"].map(PathBuf::from));
+        assert_eq!(beyond("0::/c/d\n", "0::/c\n", Path::new("/g"), true), [PathBuf::from("/g/c/d")]);
+        assert!(beyond("0::/c\n", "0::/c/d\n", Path::new("/g"), true).is_empty());
     }
 
     #[test]

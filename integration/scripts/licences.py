@@ -53,6 +53,10 @@ if sys.argv[1:] == ["--write"]:
 Every crate that is built into the product or its tests, by `make licences`. Each offers a licence that goes with Apache-2.0 and
 comes from the registry or from this workspace.
 
+`make deny` holds the same lists against all features with cargo-deny 0.20.2 (`integration/deny.toml`): bans, licences and
+sources are in order. One exception is granted: `pathrs` (MPL-2.0), which only `--features libcontainer` builds in, unchanged.
+Advisories are checked where their database can be reached.
+
 | licence | crates |
 | --- | --- |
 {rows}

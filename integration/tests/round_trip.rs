@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use phos_integration::container::Place;
 use phos_integration::sandbox::sandboxed;
 use phos_integration::status;
@@ -121,6 +121,39 @@ fn without_the_library(tools: &Tools) -> Result<()> {
 fn a_process_without_the_library_is_saved_by_the_driver_alone() {
     sandboxed("a_process_without_the_library_is_saved_by_the_driver_alone", |tools| {
         without_the_library(tools).unwrap()
+    });
+}
+
+/// The library's memory is exported: the driver alone would save it and could not bring the process back.
+fn without_its_socket(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    for whole_folder in [false, true] {
+        let container = place.sample(&["--mib", "24"])?;
+        container.start()?;
+        container.steps(3)?;
+        let states = std::fs::read_dir(place.path("state"))?.flatten().map(|e| e.path().join("ctl"));
+        let control = states.into_iter().find(|p| p.is_dir()).context("there is a control folder")?;
+        if whole_folder {
+            std::fs::rename(&control, place.path("elsewhere"))?;
+        } else {
+            for entry in std::fs::read_dir(&control)?.flatten() {
+                if entry.file_name().to_string_lossy().ends_with(".sock") {
+                    std::fs::remove_file(entry.path())?;
+                }
+            }
+        }
+        let ended = container.try_checkpoint("image", true)?;
+        ensure!(ended.status == 1 && ended.text.contains("no control socket any more"), "{ended:?}");
+        ensure!(!container.image("image").exists(), "an image was left");
+        container.steps(3)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_library_whose_socket_is_gone_is_not_left_to_the_driver() {
+    sandboxed("a_library_whose_socket_is_gone_is_not_left_to_the_driver", |tools| {
+        without_its_socket(tools).unwrap()
     });
 }
 

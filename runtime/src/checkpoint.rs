@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use std::{env, fs, io};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -208,9 +208,10 @@ fn with_state(
         lower_version: run.lower.version(),
         criu_version,
     };
+    let begun = SystemTime::now();
     let (result, lower) = carry_out(state, &job, lock)?;
     if lower.status != 0
-        && let Some(cause) = criu_log::cause(args, "dump")
+        && let Some(cause) = criu_log::cause(args, "dump", begun, &state.lower_log())
     {
         // Engines show the first line.
         eprintln!("{cause}");

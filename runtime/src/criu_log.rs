@@ -2,21 +2,35 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use crate::args::Args;
+use crate::state::lower_folder;
+
+/// What CRIU says at its end in any case.
+const ENDS: &[&str] = &["finished successfully", "FAILED"];
 
 /// Errors that CRIU goes on after, and those that only repeat that it failed.
 const NO_CAUSE: &[&str] =
     &["rlimit: Can't setup", "exited, status=", "Dumping FAILED", "Restoring FAILED", "failed with -1"];
 
-/// CRIU's log of a job with this command line. `verb` is `dump` or `restore`.
-fn path(args: &Args, verb: &str) -> Option<PathBuf> {
-    let folder = match args.value("work-path").filter(|p| !p.is_empty()) {
-        Some(named) => PathBuf::from(named),
+/// CRIU's working folder of a job with this command line.
+pub fn folder(args: &Args) -> Option<PathBuf> {
+    match args.value("work-path").filter(|p| !p.is_empty()) {
+        Some(named) => Some(PathBuf::from(named)),
         // The lower runtime's own choice.
-        None => Path::new(args.global.get("root")?).join(args.id()?).join("criu.work"),
-    };
-    Some(folder.join(format!("{verb}.log")))
+        None => Some(lower_folder(args, args.id()?).join("criu.work")),
+    }
+}
+
+/// CRIU's log in there and its text, unless it is of a job before `since`. `verb` is `dump` or `restore`.
+pub fn read(args: &Args, verb: &str, since: SystemTime) -> Option<(PathBuf, String)> {
+    let path = folder(args)?.join(format!("{verb}.log"));
+    // The times of files lag behind a little.
+    let changed = fs::metadata(&path).and_then(|m| m.modified()).ok()?;
+    let is_new = changed + Duration::from_secs(1) > since;
+    let text = is_new.then(|| fs::read(&path).ok())??;
+    Some((path, String::from_utf8_lossy(&text).into_owned()))
 }
 
 /// The first error in a log's text that something depended on.
@@ -25,11 +39,27 @@ fn first_error(text: &str) -> Option<&str> {
     errors.map(|(_, says)| says.trim()).find(|says| !NO_CAUSE.iter().any(|n| says.contains(n)))
 }
 
-/// One line on why CRIU failed, if its log says so.
-pub fn cause(args: &Args, verb: &str) -> Option<String> {
-    let path = path(args, verb)?;
-    let text = String::from_utf8_lossy(&fs::read(&path).ok()?).into_owned();
-    Some(format!("CRIU: {} (see {})", first_error(&text)?, path.display()))
+/// What CRIU's log says of why it failed.
+fn logged(args: &Args, verb: &str, since: SystemTime) -> Option<String> {
+    let (path, text) = read(args, verb, since)?;
+    let why = match first_error(&text) {
+        _ if !ENDS.iter().any(|end| text.contains(end)) => {
+            format!("it was killed in the middle of the {verb}")
+        }
+        why => why?.to_string(),
+    };
+    Some(format!("CRIU: {why} (see {})", path.display()))
+}
+
+/// Whether the lower runtime's last line is that its connection with CRIU broke. Its log is `log` where no other was asked for.
+fn unanswered(args: &Args, log: &Path) -> Option<String> {
+    let text = fs::read_to_string(args.global.get("log").map_or(log, Path::new)).ok()?;
+    text.lines().last()?.contains("unixpacket").then(|| "CRIU: it was killed before it had answered".into())
+}
+
+/// One line on why CRIU failed in a job that began at `since`, if its log or the lower runtime's says so.
+pub fn cause(args: &Args, verb: &str, since: SystemTime, log: &Path) -> Option<String> {
+    logged(args, verb, since).or_else(|| unanswered(args, log))
 }
 
 #[cfg(test)]
@@ -52,7 +82,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().to_str().unwrap();
         let parse = |words: &[&str]| Args::parse(words.iter().map(Into::into).collect());
-        let log = "(00.2) Error (criu/files-reg.c:2184): File x has bad size 1 (expect 2)\n";
+        let log = "(00.2) Error (criu/files-reg.c:2184): File x has bad size 1 (expect 2)\n\
+                   (00.3) Error (criu/cr-restore.c:2548): Restoring FAILED.\n";
+        let now = SystemTime::now();
+        let none = Path::new("/nowhere");
         fs::create_dir_all(folder.path().join("c1/criu.work")).unwrap();
         fs::write(folder.path().join("c1/criu.work/dump.log"), log).unwrap();
         fs::write(folder.path().join("restore.log"), log).unwrap();
@@ -60,12 +93,27 @@ mod tests {
             (parse(&["--root", root, "checkpoint", "c1"]), "dump"),
             (parse(&["restore", "--work-path", root, "c1"]), "restore"),
         ] {
-            let cause = cause(&args, verb).unwrap();
+            let cause = cause(&args, verb, now, none).unwrap();
             assert!(
                 cause.starts_with("CRIU: File x has bad size 1 (expect 2) (see ") && cause.contains(root),
                 "{cause}"
             );
         }
-        assert_eq!(cause(&parse(&["checkpoint", "c1"]), "dump"), None);
+        assert_eq!(cause(&parse(&["--root", root, "checkpoint", "c2"]), "dump", now, none), None);
+        let args = parse(&["restore", "--work-path", root, "c1"]);
+        assert_eq!(cause(&args, "restore", now + Duration::from_secs(60), none), None, "an earlier job's");
+        // It says how it ends, unless it is killed; what it could go on after is not the cause then.
+        fs::write(folder.path().join("restore.log"), "(00.2) Error (criu/x.c:1): harmless\n(00.3) Forking\n")
+            .unwrap();
+        let cause = cause(&args, "restore", now, none).unwrap();
+        assert!(cause.starts_with("CRIU: it was killed in the middle of the restore (see "), "{cause}");
+        // Or after it had come to its end, or before it had a log.
+        let log = folder.path().join("log").display().to_string();
+        fs::write(&log, "{\"level\":\"error\",\"msg\":\"read unixpacket @->@: EOF\"}\n").unwrap();
+        let args = parse(&["--log", &log, "--root", root, "restore", "c2"]);
+        assert_eq!(
+            super::cause(&args, "restore", now, none).unwrap(),
+            "CRIU: it was killed before it had answered"
+        );
     }
 }

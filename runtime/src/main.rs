@@ -18,6 +18,7 @@ mod lower;
 mod privilege;
 mod progress;
 mod restore;
+mod started;
 mod state;
 mod trace;
 

@@ -24,6 +24,7 @@ use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
+use crate::started::Started;
 use crate::state::{StateDir, lower_folder, read_spec, write_spec};
 use crate::{criu_log, log, privilege, progress, trace};
 
@@ -95,12 +96,14 @@ fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path:
         folder: lower_folder(&run.args, &job.container),
         delete: run.lower.command_line(&run.args, &["delete", "--force", &job.container]),
     };
+    let mut started = Started::new();
     let mut keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd(), &undo)?;
     let result = block_on(async {
         let client = Client::connect(&keeper, START).await?;
         fault::at(Moment::Connected)?;
         client.restore(&job).await?;
-        rebuild(run, state, &client, keeper.alive(), Duration::from_millis(timeouts.lower_ms)).await
+        let limit = Duration::from_millis(timeouts.lower_ms);
+        rebuild(run, state, &client, keeper.alive(), limit, &mut started).await
     });
     // A worker that is gone could not say why; its keeper can.
     let result = match result {
@@ -116,13 +119,18 @@ fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path:
         // The lower runtime was killed. What it has started may be at work still, and must not meet a second attempt.
         keeper.clean_up();
     }
+    if !matches!(&result, Ok((_, Some(_)))) {
+        let log = criu_log::read(&run.args, "restore", started.begun);
+        let work = criu_log::folder(&run.args).unwrap_or_default();
+        started.clear(&work, &log.map(|(_, text)| text).unwrap_or_default());
+    }
     match result {
         Ok((status, report)) => {
             if report.is_none() && spec != before {
                 let _ = write_spec(&bundle, &before);
             }
             if report.is_none()
-                && let Some(cause) = criu_log::cause(&run.args, "restore")
+                && let Some(cause) = criu_log::cause(&run.args, "restore", started.begun, &state.lower_log())
             {
                 eprintln!("{cause}");
                 log::explain(&run.args, &cause);
@@ -179,6 +187,7 @@ async fn rebuild(
     client: &Client,
     alive: Option<BorrowedFd<'_>>,
     limit: Duration,
+    started: &mut Started,
 ) -> Result<(i32, Option<RestoreReport>)> {
     let args = &run.args;
     let id = args.id().unwrap_or_default();
@@ -205,12 +214,13 @@ async fn rebuild(
         run.lower.quietly(args, &["delete", "--force", id]);
         let _ = child.wait();
     };
-    let pid = match wait_for_init(run, &mut child, id, limit) {
+    let pid = match wait_for_init(run, &mut child, id, limit, started) {
         Ok(Ok(pid)) => pid,
         // It failed, and has said why.
         Ok(Err(status)) => return Ok((status, None)),
         Err(e) => {
             let _ = child.kill();
+            started.end();
             give_up(&mut child);
             return Err(e);
         }
@@ -245,8 +255,10 @@ fn wait_for_init(
     child: &mut Child,
     id: &str,
     limit: Duration,
+    started: &mut Started,
 ) -> Result<std::result::Result<i32, i32>> {
     fault::at(Moment::LowerStarted)?;
+    let lower = child.id() as i32;
     let deadline = Instant::now() + limit;
     loop {
         let ended = child.try_wait()?;
@@ -268,6 +280,10 @@ fn wait_for_init(
                 }
                 _ => {}
             }
+        }
+        if ended.is_none() && started.look(lower) {
+            // What CRIU has left has the lower runtime wait for it. Without it, that fails and cleans up after itself.
+            started.end();
         }
         if Instant::now() > deadline {
             bail!("the lower runtime did not rebuild the container within {} s", limit.as_secs());

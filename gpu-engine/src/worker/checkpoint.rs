@@ -127,7 +127,13 @@ pub fn run(
         socket,
         received: None,
     };
-    let result = checkpoint.run();
+    let result = match checkpoint.run() {
+        // Whatever has gone wrong then is what came of that. What the lower runtime says, it says itself.
+        Err(e) if !checkpoint.first_lives() && !matches!(e, EngineError::LowerFailed(_)) => {
+            Err(EngineError::Ended(Box::new(e)))
+        }
+        result => result,
+    };
     let Checkpoint { mut report, mut lower, .. } = checkpoint;
     // Only where it is all there is to say does the lower runtime speak for itself.
     if !matches!(result, Err(EngineError::LowerFailed(status)) if status < 128) {
@@ -269,9 +275,13 @@ impl Checkpoint<'_> {
 
     /// Whether the container's first process or one that uses the GPU lives.
     fn anyone_left(&self) -> bool {
+        self.first_lives() || self.subjects.iter().any(|s| s.kept.is_alive())
+    }
+
+    /// Whether the container's first process lives.
+    fn first_lives(&self) -> bool {
         let first = processes::describe(self.job.init_pid);
         first.is_some_and(|p| Some(p.start_time) == self.init_start)
-            || self.subjects.iter().any(|s| s.kept.is_alive())
     }
 
     fn commit(&mut self, session: Session<'_>, parent: Option<ParentEntry>) -> Result<(), EngineError> {

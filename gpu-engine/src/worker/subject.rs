@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::copy::BlockId;
 use crate::device::{Device, GpuId, Region};
@@ -124,6 +125,34 @@ impl KeptProcess {
     }
 }
 
+/// How long a library may take from the program's first call until it listens.
+const LISTENS: Duration = Duration::from_secs(1);
+
+/// The library in a process that uses the GPU, if it has one. One that has and does not listen is refused: its memory is
+/// exported, which the driver alone would save, and then not bring the process back.
+fn library_of(process: &Process, control: Option<&ControlDir>) -> Result<Option<Library>, EngineError> {
+    let deadline = Instant::now() + LISTENS;
+    loop {
+        let library = match control {
+            Some(dir) => Library::connect(dir, process.pid, process.own_pid)?,
+            None => None,
+        };
+        if library.is_some() || !processes::has_library_loaded(process.pid) {
+            return Ok(library);
+        }
+        if Instant::now() > deadline {
+            return Err(EngineError::Unsupported {
+                pid: process.pid,
+                command: process.command.clone(),
+                reason: "its libphos.so has no control socket any more, and the driver alone could not bring it back: \
+                         restart the program"
+                    .into(),
+            });
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Finds the container's GPU processes and talks to their libraries. `control` is the container's control
 /// folder, if it has one. GPU processes that the lower runtime will not save come back as well, for a warning.
 pub fn find(
@@ -141,10 +170,7 @@ pub fn find(
             outsiders.push(process.clone());
             continue;
         }
-        let library = match control {
-            Some(dir) => Library::connect(dir, process.pid, process.own_pid)?,
-            None => None,
-        };
+        let library = library_of(process, control)?;
         let kept = KeptProcess {
             pid: process.pid,
             own_pid: process.own_pid,

@@ -86,7 +86,9 @@ impl Inventory {
             memory.extend(mapped.filter_map(|l| l.split_whitespace().nth(4)?.parse::<u64>().ok()));
         }
         memory.iter().for_each(|_| count("piece of GPU memory".into()));
-        text("/proc/self/mountinfo").lines().for_each(|_| count("mount".into()));
+        for line in text("/proc/self/mountinfo").lines() {
+            count(format!("mount {}", kind(line.split(' ').nth(4).unwrap_or_default())));
+        }
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let prefix = container.id.rsplit_once('-').map_or("", |(p, _)| p);
             for group in fs::read_dir(hierarchy.path()).into_iter().flatten().flatten() {

@@ -119,6 +119,10 @@ const OUTSIDE: [(Way, &str, Action); 20] = [
 /// When the lower runtime and CRIU are killed, milliseconds after their start.
 const MOMENTS: [u32; 6] = [5, 15, 30, 60, 90, 130];
 
+/// Where CRIU is killed in a restore: before the first process exists, in its namespaces, and when all are there but not let go.
+const CRIU_ACTIONS: [&str; 6] =
+    ["pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "pre-resume", "post-resume"];
+
 /// The faults to make.
 pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
     let mut cases = Vec::new();
@@ -183,13 +187,14 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
     for way in [Way::Running, Way::Stopping, Way::Restore] {
         for (n, ms) in MOMENTS.into_iter().enumerate() {
             for (m, place) in [Place::Lower(ms), Place::Criu(ms)].into_iter().enumerate() {
-                // Half of a restored container is what CRIU leaves when it is killed, and nobody else can finish it.
-                let possible = way != Way::Restore || m == 0;
-                if possible && (full || n % 3 == m) {
+                if full || n % 3 == m {
                     cases.push(Case { way, place, action: Action::Kill });
                 }
             }
         }
+    }
+    for (_, action) in CRIU_ACTIONS.into_iter().enumerate().filter(|(n, _)| full || n % 2 == 1) {
+        cases.push(Case { way: Way::Restore, place: Place::CriuAt(action), action: Action::Kill });
     }
     // The driver gives a process up for good.
     let place = Place::Program("poison".into(), "999".into(), true);
@@ -216,7 +221,7 @@ pub fn table(rows: &[Row]) -> String {
             Place::Worker(call, ..) => format!("worker: {call}"),
             Place::Program(call, ..) => format!("program: {call}"),
             Place::Lower(_) => "lower runtime killed".into(),
-            Place::Criu(_) => "CRIU killed".into(),
+            Place::Criu(_) | Place::CriuAt(_) => "CRIU killed".into(),
             Place::Nowhere => continue,
         };
         let outcome = row.outcome.to_string();

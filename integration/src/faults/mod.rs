@@ -139,6 +139,8 @@ pub enum Place {
     Lower(u32),
     /// CRIU, likewise.
     Criu(u32),
+    /// CRIU, when it has come to where it runs its action scripts with this word.
+    CriuAt(&'static str),
 }
 
 impl fmt::Display for Place {
@@ -152,6 +154,7 @@ impl fmt::Display for Place {
             Place::Program(call, code, always) => write!(f, "program: {call} = {code}, {}", often(always)),
             Place::Lower(ms) => write!(f, "lower runtime after {ms} ms"),
             Place::Criu(ms) => write!(f, "CRIU after {ms} ms"),
+            Place::CriuAt(action) => write!(f, "CRIU at {action}"),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,13 +28,30 @@ const CONFIG: &str = "drain_timeout = 3\nlock_timeout = 3\ndriver_timeout = 3\na
 /// Takes the foreground with it when it is killed.
 const SHIM: &str = "setpriv --pdeathsig KILL -- \"$0\" \"$@\"; true";
 
-/// Stands in for the lower runtime (`$1` its real path) or for CRIU and kills it, if it is told to.
-fn wrapper(real: &std::path::Path, variable: &str, verb: &str) -> String {
+/// Stands in for the lower runtime and kills it in the middle of a checkpoint or restore, if it is told to.
+fn lower_wrapper(real: &Path) -> String {
     format!(
-        "#!/bin/sh\ncase \"$1 $*\" in {verb}) [ -z \"${variable}\" ] || {{ \"{real}\" \"$@\" & p=$!; sleep ${variable}; kill -9 $p; wait $p; exit; }} ;; esac\nexec \"{real}\" \"$@\"\n",
+        "#!/bin/sh\ncase \" $* \" in *' checkpoint '*|*' restore '*) [ -z \"$FAULT_LOWER\" ] || {{ \"{real}\" \"$@\" & p=$!; \
+         sleep $FAULT_LOWER; kill -9 $p; wait $p; exit; }} ;; esac\nexec \"{real}\" \"$@\"\n",
         real = real.display()
     )
 }
+
+/// Becomes CRIU, as a child of the lower runtime's, after leaving behind what kills it: after a while, or in one of the scripts
+/// that CRIU runs between its steps.
+fn criu_wrapper(real: &Path) -> String {
+    format!(
+        "#!/bin/sh\nexport FAULT_CRIU_PID=$$\n\
+         [ -z \"$FAULT_CRIU\" ] || ( (sleep $FAULT_CRIU; kill -9 $$ && : >\"$PHOS_FAULT_DIR/struck0\") 3>&- & )\n\
+         [ -z \"$FAULT_CRIU_AT\" ] || grep -q action-script \"$CRIU_CONFIG_FILE\" || \
+         echo \"action-script $0-action\" >>\"$CRIU_CONFIG_FILE\"\nexec \"{}\" \"$@\"\n",
+        real.display()
+    )
+}
+
+/// What CRIU runs between its steps.
+const CRIU_ACTION: &str = "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != \"$FAULT_CRIU_AT\" ] || \
+                           { : >\"$PHOS_FAULT_DIR/struck0\"; kill -9 $FAULT_CRIU_PID; }\n";
 
 /// A place with one container, on which faults are made.
 pub struct Bench<'a> {
@@ -56,14 +73,9 @@ impl<'a> Bench<'a> {
     pub fn new(folder: &'a Folder) -> Result<Self> {
         fs::write(folder.path("config.toml"), CONFIG)?;
         fs::create_dir_all(folder.path("criu-wrapper"))?;
-        script(
-            folder.path("criu-wrapper").join("criu"),
-            &wrapper(&folder.tools.criu, "FAULT_CRIU", "'swrk '*"),
-        )?;
-        script(
-            folder.path("lower-wrapper"),
-            &wrapper(&folder.tools.runc, "FAULT_LOWER", "*' checkpoint '*|*' restore '*"),
-        )?;
+        script(folder.path("criu-wrapper/criu"), &criu_wrapper(&folder.tools.criu))?;
+        script(folder.path("criu-wrapper/criu-action"), CRIU_ACTION)?;
+        script(folder.path("lower-wrapper"), &lower_wrapper(&folder.tools.runc))?;
         Ok(Bench { folder, container: None, before: Inventory::default(), restore_all: false })
     }
 
@@ -79,7 +91,11 @@ impl<'a> Bench<'a> {
             container.steps(3)?;
             self.container = Some(container);
             // What every checkpoint leaves in a program (a thread's memory, a region made beforehand) is no leak of a fault.
-            self.container()?.checkpoint("warm", true)?;
+            // The first one on a busy machine may take longer than the short limits allow.
+            self.folder.overlay([("PHOS_CONFIG", self.folder.path("patient.toml").into())]);
+            let warm = self.container()?.checkpoint("warm", true);
+            self.folder.overlay([]);
+            warm?;
             self.image_removed("warm")?;
             wait_until_quiet(LIMIT);
             self.container()?.steps(2)?;
@@ -121,6 +137,10 @@ impl<'a> Bench<'a> {
             Place::Criu(ms) => {
                 variables.push(("PHOS_CRIU", self.folder.path("criu-wrapper/criu").into()));
                 variables.push(("FAULT_CRIU", format!("{}", f64::from(*ms) / 1e3).into()));
+            }
+            Place::CriuAt(action) => {
+                variables.push(("PHOS_CRIU", self.folder.path("criu-wrapper/criu").into()));
+                variables.push(("FAULT_CRIU_AT", action.into()));
             }
             Place::Nowhere | Place::Program(..) => {}
         }
@@ -199,12 +219,18 @@ impl<'a> Bench<'a> {
         let program_calls = driver::called(pid).unwrap_or_default();
         let _ = driver::arm(pid, "");
         let struck = match &case.place {
-            Place::Point(..) => self.faults().join("struck0").exists(),
+            Place::Point(..) | Place::Criu(_) | Place::CriuAt(_) => self.faults().join("struck0").exists(),
             Place::Worker(call, ..) => worker_calls.contains(call),
             Place::Program(call, ..) => program_calls.contains(call) || program_calls.is_empty(),
             _ => true,
         };
+        let logged = self.container()?.last_error().unwrap_or_default();
+        let silent = matches!(case.place, Place::Criu(_) | Place::CriuAt(_))
+            && case.way == Way::Restore
+            && ended.status != 0
+            && (logged.is_empty() || logged.contains('\n'));
         let outcome = match self.judge(case, &ended, &mut leaked) {
+            Ok(_) if silent => Outcome::Lost(format!("why is not said in one line: {logged:?}")),
             Ok(outcome) => outcome,
             Err(e) => Outcome::Lost(format!("{e:#}").replace('\n', " ")),
         };
@@ -213,7 +239,11 @@ impl<'a> Bench<'a> {
             // The next fault gets a new one.
             self.container = None;
         }
-        let said = ended.text.trim().lines().last().unwrap_or_default().to_string();
+        let mut said = ended.text.trim().lines().last().unwrap_or_default().to_string();
+        if case.way == Way::Restore && ended.status != 0 {
+            // The container has its streams.
+            said = logged;
+        }
         Ok(Row { case: case.clone(), struck, outcome, leaked, said, reached, worker_calls, program_calls })
     }
 
@@ -296,7 +326,7 @@ impl<'a> Bench<'a> {
                 let mark = container.bundle.out.join("exec");
                 let _ = fs::remove_file(&mark);
                 container.place.command(
-                    std::path::Path::new("/bin/sh"),
+                    Path::new("/bin/sh"),
                     &[
                         "-c",
                         "\"$0\" --root \"$1\" exec --detach \"$2\" /bin/sh -c ': >/out/exec' >/dev/null 2>&1 &",
