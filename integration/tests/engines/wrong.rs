@@ -29,7 +29,7 @@ for word in "$@"; do
 done
 [ -n "$verb" ] && [ -n "$work" ] || exec {} "$@"
 mkdir -p "$work"
-echo '(00.01) Error (criu/x.c:1): This is why' >"$work/$verb.log"
+{{ echo '(00.01) Error (criu/x.c:1): This is why'; echo '(00.02) Error (criu/x.c:2): It FAILED.'; }} >"$work/$verb.log"
 [ -z "$log" ] || printf '%s\n' '{{"level":"error","msg":"criu failed: type NOTIFY errno 0\nlog file: x","time":"2026-01-01T00:00:00Z"}}' >>"$log"
 echo 'criu failed: type NOTIFY errno 0' >&2
 exit 1
