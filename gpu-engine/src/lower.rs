@@ -100,8 +100,8 @@ fn end_group(group: i32, deadline: Instant) {
 pub struct Extra<'a> {
     /// A variable of its environment.
     pub variable: Option<(&'a OsStr, &'a OsStr)>,
-    /// A descriptor that it inherits, under the number it has here.
-    pub descriptor: Option<BorrowedFd<'a>>,
+    /// Descriptors that it inherits, under the numbers they have here.
+    pub descriptors: &'a [BorrowedFd<'a>],
 }
 
 /// Runs a command to its end, in a process group of its own.
@@ -121,7 +121,7 @@ pub fn run_with(command: &CommandLine, limit: Duration, extra: Extra<'_>) -> Res
         .stderr(Stdio::piped())
         .process_group(0);
     lower.envs(extra.variable);
-    if let Some(number) = extra.descriptor.map(|d| d.as_raw_fd()) {
+    for number in extra.descriptors.iter().map(|d| d.as_raw_fd()) {
         // SAFETY: between fork and exec only `fcntl` is called, which may be; the descriptor is open as long as `extra` is.
         unsafe {
             lower.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {

@@ -88,10 +88,7 @@ impl Socket {
         if let Err(e) = setsockopt(&far, sockopt::SndBufForce, &ON_THE_WAY) {
             tracing::debug!(error = %e, "a small buffer for CRIU's pages");
         }
-        let far = fcntl(far, FcntlArg::F_DUPFD_CLOEXEC(FIRST_NUMBER))?;
-        // SAFETY: a descriptor that was just made, and belongs to nobody else.
-        let far = unsafe { OwnedFd::from_raw_fd(far) };
-        Ok(Socket { own, far })
+        Ok(Socket { own, far: inheritable(far.into())? })
     }
 }
 
@@ -117,6 +114,13 @@ fn available() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
     line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok()).unwrap_or(0) << 10
+}
+
+/// The same file under a number that the lower runtime gives to nothing else.
+pub fn inheritable(file: OwnedFd) -> io::Result<OwnedFd> {
+    let number = fcntl(file, FcntlArg::F_DUPFD_CLOEXEC(FIRST_NUMBER))?;
+    // SAFETY: a descriptor that was just made, and belongs to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Whether the lower runtime leaves CRIU a descriptor, and the checkpoint is one that needs no earlier image's pages.

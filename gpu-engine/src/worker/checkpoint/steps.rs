@@ -2,11 +2,13 @@
 //! runtime dumps them, and they are woken again.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 use std::{env, fs, io, thread};
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use phos_protocol::message::{Entry, PARK_LOW_STACK, PARK_PREFAULT, Timings};
 
 use super::{Checkpoint, ENGINE, ms};
@@ -28,22 +30,11 @@ use crate::worker::wake::{GRACE, Sleeper, Woken, wake};
 /// Names the file of options that CRIU reads.
 const CRIU_CONFIG: &str = "CRIU_CONFIG_FILE";
 
-/// Name of that file for a dump whose pages are received here, in the container's state folder.
-const CRIU_OPTIONS: &str = "criu-dump.conf";
-
 /// What receives CRIU's pages.
 pub(super) struct Pages {
     receiver: pages::Receiver,
-    options: OptionsFile,
-}
-
-/// CRIU's options for it; removed with this value.
-struct OptionsFile(PathBuf);
-
-impl Drop for OptionsFile {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
+    /// CRIU's options for it, in a file without a name: nothing can be left behind.
+    options: OwnedFd,
 }
 
 /// Longest wait for processes that may give memory back before they are dumped.
@@ -217,8 +208,9 @@ impl Checkpoint<'_> {
                 let beside = job.bytes_in_files(gpu_bytes);
                 let receiver = pages::Receiver::prepare(socket, &job.image, &processes, kept, beside)?;
                 let own = env::var_os(CRIU_CONFIG).map(fs::read_to_string).transpose()?.unwrap_or_default();
-                let options = OptionsFile(job.control_dir.with_file_name(CRIU_OPTIONS));
-                fs::write(&options.0, format!("{}\n{}", own.trim_end(), receiver.criu_options()))?;
+                let mut options = File::from(memfd_create("criu-options", MFdFlags::MFD_CLOEXEC)?);
+                writeln!(options, "{}\n{}", own.trim_end(), receiver.criu_options())?;
+                let options = pages::inheritable(options.into())?;
                 Ok(Pages { receiver, options })
             });
         match prepared {
@@ -243,8 +235,10 @@ impl Checkpoint<'_> {
         let (server, far) = receiver.split();
         thread::scope(|scope| {
             let serving = scope.spawn(|| server.serve());
-            let variable = Some((OsStr::new(CRIU_CONFIG), options.0.as_os_str()));
-            let extra = Extra { variable, descriptor: Some(far.as_fd()) };
+            // As CRIU sees it.
+            let path = format!("/proc/self/fd/{}", options.as_raw_fd());
+            let variable = Some((OsStr::new(CRIU_CONFIG), OsStr::new(&path)));
+            let extra = Extra { variable, descriptors: &[far.as_fd(), options.as_fd()] };
             let output = lower::run_with(&self.job.lower_checkpoint, limit, extra);
             // The last one to hold it: a server whose CRIU has gone ends now.
             drop(far);
