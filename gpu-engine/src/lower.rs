@@ -104,6 +104,19 @@ pub struct Extra<'a> {
     pub descriptors: &'a [BorrowedFd<'a>],
 }
 
+/// Has `command` inherit a descriptor, under the number it has here. It must be open until the command is started, which fails
+/// otherwise.
+pub fn inherit(command: &mut Command, descriptor: BorrowedFd<'_>) {
+    let number = descriptor.as_raw_fd();
+    // SAFETY: between fork and exec only `fcntl` is called, which may be.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        })
+    };
+}
+
 /// Runs a command to its end, in a process group of its own.
 pub fn run(command: &CommandLine, limit: Duration) -> Result<LowerOutput, LowerError> {
     run_with(command, limit, Extra::default())
@@ -121,15 +134,7 @@ pub fn run_with(command: &CommandLine, limit: Duration, extra: Extra<'_>) -> Res
         .stderr(Stdio::piped())
         .process_group(0);
     lower.envs(extra.variable);
-    for number in extra.descriptors.iter().map(|d| d.as_raw_fd()) {
-        // SAFETY: between fork and exec only `fcntl` is called, which may be; the descriptor is open as long as `extra` is.
-        unsafe {
-            lower.pre_exec(move || match libc::fcntl(number, libc::F_SETFD, 0) {
-                -1 => Err(io::Error::last_os_error()),
-                _ => Ok(()),
-            })
-        };
-    }
+    extra.descriptors.iter().for_each(|d| inherit(&mut lower, *d));
     let mut child = lower.spawn().map_err(|source| LowerError::Start { program: name.clone(), source })?;
     let stdout = child.stdout.take().map(collect);
     let stderr = child.stderr.take().map(collect);

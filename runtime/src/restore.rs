@@ -1,15 +1,14 @@
 //! `restore`: the GPU's memory is loaded while the lower runtime rebuilds the processes.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use phos_engine::device::cuda::LIBCUDA_ENV;
 use phos_engine::fault::{self, Moment};
 use phos_engine::image::Image;
@@ -198,14 +197,8 @@ async fn rebuild(
         command.arg("--log").arg(state.lower_log());
     }
     command.args(&args.without(TRACE).all).stdin(Stdio::inherit());
-    if let Some(alive) = alive.map(|fd| fd.as_raw_fd()) {
-        // SAFETY: between fork and exec only an async-signal-safe call is made: fcntl, on an fd that is open until then.
-        unsafe {
-            command.pre_exec(move || {
-                fcntl(BorrowedFd::borrow_raw(alive), FcntlArg::F_SETFD(FdFlag::empty()))?;
-                Ok(())
-            });
-        }
+    if let Some(alive) = alive {
+        lower::inherit(&mut command, alive);
     }
     let mut child = command.spawn().with_context(|| format!("cannot run {}", run.lower.path.display()))?;
     let give_up = |child: &mut Child| {

@@ -88,6 +88,8 @@ pub struct PageFile {
     file: File,
     mapping: Option<Mapping>,
     length: u64,
+    /// Where that is received which finds no room.
+    piece: Vec<u8>,
 }
 
 impl PageFile {
@@ -106,7 +108,7 @@ impl PageFile {
             }
             _ => None,
         };
-        Ok(PageFile { file, mapping, length: 0 })
+        Ok(PageFile { file, mapping, length: 0, piece: Vec::new() })
     }
 
     /// Bytes that there is room for.
@@ -146,10 +148,11 @@ impl PageFile {
                     }
                 }
                 _ => {
-                    let mut piece = vec![0; PIECE.min(bytes as usize)];
-                    from.read_exact(&mut piece)?;
+                    self.piece.resize(PIECE, 0);
+                    let piece = &mut self.piece[..PIECE.min(bytes as usize)];
+                    from.read_exact(piece)?;
                     if saved.is_ok() {
-                        saved = self.file.write_all_at(&piece, self.length);
+                        saved = self.file.write_all_at(piece, self.length);
                     }
                     piece.len() as u64
                 }

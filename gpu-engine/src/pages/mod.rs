@@ -4,7 +4,7 @@
 //! in the file system. Here the room is there before, and CRIU hands its pages over through a socket, as to a page server of
 //! its own (`--page-server --ps-socket`): they are copied once, at the speed of memory. The images are the same.
 //!
-//! CRIU lets go of the processes only when it is told that all is saved; by then all images have their names and lengths.
+//! CRIU lets go of the processes only when it is told that all is saved; by then all images are complete and have their names.
 //! If the receiver ends before, CRIU fails and the processes run on.
 
 mod file;
