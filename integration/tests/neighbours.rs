@@ -27,19 +27,23 @@ fn is_socket(fd: i32) -> bool {
     fs::read_link(format!("/proc/self/fd/{fd}")).is_ok_and(|l| l.to_string_lossy().starts_with("socket:"))
 }
 
+/// Waits until the library has closed its end of every conversation, and only its listener stays.
+fn conversations_end() {
+    for _ in 0..1000 {
+        if high("self").iter().filter(|n| is_socket(**n)).count() <= 1 {
+            return;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_program_that_closes_everything_is_parked_all_the_same() {
     let app = Application::start().unwrap();
     let held: Vec<_> = (1..=3u32).map(|n| (app.alloc((16 + n as usize) * MIB), n)).collect();
     held.iter().for_each(|(address, n)| app.fill(*address, *n, 1000));
     assert!(app.listens().unwrap());
-    // The library closes its end of that conversation; only its listener stays.
-    for _ in 0..1000 {
-        if high("self").iter().filter(|n| is_socket(**n)).count() <= 1 {
-            break;
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
+    conversations_end();
     // As a daemon does; the numbers are used again at once. The simulated driver holds its memory by low numbers.
     let ours = high("self");
     assert!(ours.len() >= 4, "the library keeps its descriptors out of the way: {ours:?}");
@@ -58,6 +62,7 @@ fn a_program_that_closes_everything_is_parked_all_the_same() {
         assert_eq!(unsafe { libc::close(*fd) }, 0, "the library closed a file of the program");
     }
     // After an attach the driver exports nothing again: then the checkpoint is refused with the reason.
+    conversations_end();
     for fd in high("self") {
         // SAFETY: the numbers are the library's.
         unsafe { libc::close(fd) };
