@@ -10,6 +10,7 @@ use crate::device::{Device, DeviceError, GpuId, Pinned, Stream};
 use crate::error::EngineError;
 use crate::image::{CHUNK, Digest, Saved, Sink};
 use crate::progress::Progress;
+use phos_digest::ZERO_CHUNK;
 
 /// Bytes moved by one copy. Two buffers of this size per thread keep link and file busy at the same time; page-locked
 /// memory is slow to allocate, and a restore waits for it.
@@ -70,16 +71,18 @@ impl<'a> Lanes<'a> {
         Ok(Lanes { device, rings, most: tuning.piece / CHUNK })
     }
 
-    /// Copies chunks. Their owner may write to them at any time: the digest is that of the bytes which were saved.
+    /// Copies chunks. Without `digests` their owner may write to them at any time: each gets that of the bytes which were
+    /// saved.
     pub fn copy(
         &mut self,
         sink: &dyn Sink,
         ledger: &mut Ledger,
         chunks: &[ChunkRef],
+        digests: &[Digest],
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let batches = ledger.batches(chunks, self.most);
-        self.run(sink, ledger, chunks, &batches, &[], progress)
+        self.run(sink, ledger, chunks, &batches, digests, progress)
     }
 
     /// Copies what a [`super::Spare`] holds.
@@ -105,6 +108,11 @@ impl<'a> Lanes<'a> {
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let begin = Instant::now();
+        // What is known to be zero is not stored, so it need not be looked at.
+        let zeros = zeros(chunks, digests);
+        progress.add((zeros.len() * CHUNK) as u64);
+        ledger.note_zeros(&zeros);
+        let batches = &without_zeros(batches, digests);
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
         let take = || match failed.load(Ordering::Relaxed) {
@@ -138,6 +146,28 @@ impl<'a> Lanes<'a> {
         ledger.record(copied.into_iter().flatten());
         Ok(begin.elapsed())
     }
+}
+
+/// The chunks whose digests say that they are zero.
+fn zeros(chunks: &[ChunkRef], digests: &[Digest]) -> Vec<ChunkRef> {
+    let known = chunks.iter().zip(digests).filter(|(_, digest)| **digest == ZERO_CHUNK);
+    known.map(|(chunk, _)| *chunk).collect()
+}
+
+/// The batches without the chunks whose digests say that they are zero.
+fn without_zeros(batches: &[Batch], digests: &[Digest]) -> Vec<Batch> {
+    let is_zero = |n: usize| digests.get(n) == Some(&ZERO_CHUNK);
+    let mut rest = Vec::with_capacity(batches.len());
+    for batch in batches {
+        let numbers: Vec<usize> = (0..batch.count).collect();
+        for run in numbers.chunk_by(|a, b| is_zero(batch.first + a) == is_zero(batch.first + b)) {
+            if !is_zero(batch.first + run[0]) {
+                let (first, address) = (batch.first + run[0], batch.address + (run[0] * CHUNK) as u64);
+                rest.push(Batch { gpu: batch.gpu, address, first, count: run.len() });
+            }
+        }
+    }
+    rest
 }
 
 /// One thread.
@@ -222,5 +252,27 @@ impl Lane<'_> {
             copied.push((*chunk, (digest, place)));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_cut_out_of_batches() {
+        let gpu = GpuId([1; 16]);
+        let batch = |first, count| Batch { gpu, address: 0x1000_0000 + (first * CHUNK) as u64, first, count };
+        let digests = |zero: &[bool]| -> Vec<_> {
+            zero.iter().map(|z| if *z { ZERO_CHUNK } else { Digest([1, 2]) }).collect()
+        };
+        let batches = [batch(0, 4), batch(4, 2)];
+        assert_eq!(without_zeros(&batches, &[]), batches, "nothing is known");
+        let known = digests(&[false, true, true, false, true, true]);
+        assert_eq!(without_zeros(&batches, &known), [batch(0, 1), batch(3, 1)]);
+        let known = digests(&[true, false, false, true, false, false]);
+        assert_eq!(without_zeros(&batches, &known), [batch(1, 2), batch(4, 2)]);
+        let chunks: Vec<_> = (0..6).map(|chunk| ChunkRef { block: (0, 7), chunk }).collect();
+        assert_eq!(zeros(&chunks, &known), [chunks[0], chunks[3]]);
     }
 }
