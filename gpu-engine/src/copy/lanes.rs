@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use phos_digest::ZERO_CHUNK;
+
 use super::ledger::{Batch, ChunkRef, Ledger};
 use crate::device::{Device, DeviceError, GpuId, Pinned, Stream};
 use crate::error::EngineError;
 use crate::image::{CHUNK, Digest, Saved, Sink};
 use crate::progress::Progress;
-use phos_digest::ZERO_CHUNK;
 
 /// Bytes moved by one copy. Two buffers of this size per thread keep link and file busy at the same time; page-locked
 /// memory is slow to allocate, and a restore waits for it.

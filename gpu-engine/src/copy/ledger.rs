@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use phos_digest::ZERO_CHUNK;
+
 use crate::device::GpuId;
 use crate::image::{CHUNK, Digest, Location, Saved};
-use phos_digest::ZERO_CHUNK;
 
 /// An allocation: index of its process, and the library's id of it.
 pub type BlockId = (u32, u64);

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use phos_digest::ZERO_CHUNK;
+
 use super::lanes::{Lanes, Tuning};
 use super::ledger::{ChunkRef, Ledger};
 use super::scan::Scanner;
@@ -26,7 +28,7 @@ pub struct Quiesced {
     pub copy: Duration,
     /// Bytes that differed.
     pub dirty_bytes: u64,
-    /// Bytes copied straight out.
+    /// Bytes copied straight out, without those that were zero.
     pub straight_bytes: u64,
 }
 
@@ -132,17 +134,14 @@ impl<'a, S: Sink> Session<'a, S> {
             self.progress.span("snapshot", TRACK, begin, snapshot);
             self.spare.digest(self.device, &mut self.scanner)?;
         }
-        let mut quiesced = Quiesced {
-            snapshot,
-            dirty_bytes: bytes(dirty),
-            straight_bytes: bytes(&left),
-            ..Quiesced::default()
-        };
+        let mut quiesced = Quiesced { snapshot, dirty_bytes: bytes(dirty), ..Quiesced::default() };
         if !left.is_empty() {
             let begin = Instant::now();
             // Much of a large reserve may never have been used: what is zero needs no copying.
             let digests = self.scanner.digests_of(self.device, &self.ledger, &left)?.unwrap_or_default();
             quiesced.digest = begin.elapsed();
+            let zeros = digests.iter().filter(|d| **d == ZERO_CHUNK).count();
+            quiesced.straight_bytes = ((left.len() - zeros) * CHUNK) as u64;
             self.progress.span("digest", TRACK, begin, quiesced.digest);
             let begin = Instant::now();
             quiesced.copy = self.lanes.copy(&self.sink, &mut self.ledger, &left, &digests, self.progress)?;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::thread;
 
 use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::linkat;
 
 use super::copiers::Copiers;
@@ -106,6 +107,12 @@ impl Drop for Mapping {
     }
 }
 
+/// Writes zeros. A disk's file system makes room for large writes ten times faster than for pages that are touched one by one.
+fn fill(file: &File, bytes: usize) -> io::Result<()> {
+    let zeros = vec![0; PIECE];
+    (0..bytes).step_by(PIECE).try_for_each(|at| file.write_all_at(&zeros[..PIECE.min(bytes - at)], at as u64))
+}
+
 /// A file of pages that has no name yet.
 #[derive(Debug)]
 pub struct PageFile {
@@ -126,6 +133,9 @@ impl PageFile {
         let mapping = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => {
                 fallocate(&file, FallocateFlags::empty(), 0, bytes as libc::off_t)?;
+                if fstatfs(&file)?.filesystem_type() != TMPFS_MAGIC {
+                    fill(&file, bytes)?;
+                }
                 let mapping = Mapping::new(&file, bytes)?;
                 mapping.populate();
                 Some(Arc::new(mapping))
