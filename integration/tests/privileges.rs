@@ -155,6 +155,13 @@ fn rootless(tools: &Tools) -> Result<()> {
     script(&lower, &format!("#!/bin/sh\necho \"$*\" >>{}/words\n[ \"$3\" != state ]\n", called.display()))?;
     place.env.insert("PHOS_LOWER_RUNTIME".into(), lower.into());
     fs::set_permissions(place.path("."), fs::Permissions::from_mode(0o755))?;
+    // Nobody but root reads what is built below `/root`.
+    let lib = place.path("lib");
+    fs::create_dir(&lib)?;
+    for name in ["libphos.so", "phos-hook"] {
+        fs::copy(place.tools.built.join(name), lib.join(name))?;
+    }
+    place.env.insert("PHOS_LIB_DIR".into(), lib.into());
     let config = bundle.join("config.json");
     let text = fs::read_to_string(&config)?;
     let user = ["setpriv", "--reuid=4711", "--regid=4711", "--clear-groups", "--"];
