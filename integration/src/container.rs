@@ -290,6 +290,13 @@ impl Container<'_> {
         Ok(())
     }
 
+    /// Stops it by a checkpoint, and restores it from that.
+    pub fn stop_and_restore(&self, name: &str) -> Result<()> {
+        self.checkpoint(name, false)?;
+        self.verb("delete", &["--force"])?;
+        self.restore(name)
+    }
+
     /// The sample's status file.
     pub fn status_file(&self) -> PathBuf {
         self.bundle.out.join("status")

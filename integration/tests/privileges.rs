@@ -53,9 +53,7 @@ fn processes(tools: &Tools) -> Result<()> {
     ensure!(capabilities(&read("worker")?)? == mask(WORKER) & own, "{}", read("worker")?);
     ensure!(capabilities(&read("keeper")?)? == mask(KEEPER) & own, "{}", read("keeper")?);
     ensure!(capabilities(&read("lower")?)? == own, "the lower runtime has all: {}", read("lower")?);
-    container.checkpoint("stopped", false)?;
-    container.verb("delete", &["--force"])?;
-    container.restore("stopped")?;
+    container.stop_and_restore("stopped")?;
     container.steps(2)?;
     ensure!(capabilities(&read("restore")?)? == mask(RESTORE_KEEPER) & own, "{}", read("restore")?);
     // What is written is its owner's alone.
