@@ -19,6 +19,9 @@ const PIECE: usize = 2 << 20;
 /// More threads than this no longer raise the rate (FACTS: a file system's own limit comes first).
 const MOST_LANES: usize = 12;
 
+/// The niceness of threads that copy: they get a third of what others get that want the same processor.
+const GIVE_WAY: i32 = 5;
+
 /// Threads that move data on this machine.
 pub fn lane_count() -> usize {
     thread::available_parallelism().map_or(2, |n| n.get()).clamp(1, MOST_LANES)
@@ -129,6 +132,7 @@ impl<'a> Lanes<'a> {
                 .map(|(number, ring)| {
                     let (take, failed) = (&take, &failed);
                     scope.spawn(move || {
+                        give_way();
                         let mut lane = Lane { number, device, sink, known, chunks, digests, ring };
                         let result = lane.drive(take, progress);
                         if result.is_err() {
@@ -146,6 +150,15 @@ impl<'a> Lanes<'a> {
         })?;
         ledger.record(copied.into_iter().flatten());
         Ok(begin.elapsed())
+    }
+}
+
+/// Has this thread give way where there are fewer processors than threads: the program, or CRIU while the program stands
+/// still, should not wait for what has time.
+fn give_way() {
+    // SAFETY: changes the priority of this thread, and nothing else.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, GIVE_WAY) } != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "a copy thread keeps its priority");
     }
 }
 
