@@ -167,7 +167,7 @@ def huge_pages(box, workload):
     run("umount", folder)
 
 
-def phos(gb, count, strategy):
+def phos(gb, count, strategy, pause_only):
     workload = f"torch-{gb:g}g"
     box = Container(workload, ("torch_steps.py", "--gb", str(gb)), annotations={"phos.strategy": strategy})
     box.start()
@@ -179,6 +179,9 @@ def phos(gb, count, strategy):
         result("pause", workload, "phos-runc", "pause_ms", gap, note=f"leave-running {i}")
     figures(workload, pauses)
     huge_pages(box, workload)
+    if pause_only:
+        box.stop()
+        return
     stop_and_restore(box, workload)
     box.wait_steps(60)
     box.stop()
@@ -298,7 +301,7 @@ def plain(workload, words, warm, pause_only=False):
 
 def torch(args):
     for gb in args.gb or [2.0, 20.0]:
-        phos(gb, args.count, args.strategy)
+        phos(gb, args.count, args.strategy, args.pause_only)
         if args.plain and gb == max(args.gb or [20.0]):
             plain(f"torch-{gb:g}g", ("torch_steps.py", "--gb", str(gb)), 60)
 
