@@ -67,7 +67,8 @@ plot:
 	cd integration/results && ../gpu/plot.py matrix-6290026.jsonl matrix-89eda2b.jsonl matrix-dc7d3c2.jsonl models-c00d8f9.jsonl \
 	  models-89eda2b.jsonl torch-62a21cd.jsonl models-dc7d3c2.jsonl torch-dc7d3c2.jsonl matrix-5fb9fb4.jsonl jax-5fb9fb4.jsonl \
 	  torch-5fb9fb4.jsonl llama-5fb9fb4.jsonl train-5fb9fb4.jsonl torch-e3fa10f.jsonl train-e3fa10f.jsonl \
-	  jax-02420c6.jsonl torch-02420c6.jsonl >../../contrib/docs/pause.svg
+	  jax-02420c6.jsonl torch-02420c6.jsonl torch-eb2eaad.jsonl train-eb2eaad.jsonl jax-4f63501.jsonl models-4f63501.jsonl \
+	  torch-4f63501.jsonl torch-0a0d038.jsonl >../../contrib/docs/pause.svg
 	integration/gpu/figures.py integration/results/*.jsonl >contrib/docs/figures.md
 
 # A folder that runs the GPU tests and benchmarks on a machine without packages.
