@@ -6,10 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
@@ -23,7 +22,7 @@ const INTERVAL: Duration = Duration::from_millis(10);
 const GRACE: Duration = Duration::from_secs(1);
 /// How long what was killed may take to be gone.
 const DEATH: Duration = Duration::from_secs(10);
-/// Beginning of the names of the folders in which CRIU puts a container's mounts together.
+/// Beginning of the names of the folders in `/tmp` in which CRIU puts a container's mounts together.
 const MOUNTS: &str = ".criu.mntns.";
 
 /// What was seen of it.
@@ -153,15 +152,10 @@ impl Started {
             let _ = umount2(&yard, MntFlags::MNT_DETACH);
             let _ = fs::remove_dir(yard);
         }
-        // Another CRIU may be about to use one that looks just as empty from here.
-        if !self.cgroups.is_empty() && !is_criu_at_work() {
-            let made = self.begun.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
-            for entry in fs::read_dir("/tmp").into_iter().flatten().flatten() {
-                let is_one = entry.file_name().to_string_lossy().starts_with(MOUNTS);
-                if is_one && entry.metadata().is_ok_and(|m| m.is_dir() && m.uid() == 0 && m.ctime() >= made) {
-                    let _ = fs::remove_dir(entry.path());
-                }
-            }
+        // Others of that kind may belong to a CRIU that lives, also to one that cannot be seen from this PID namespace. CRIU names
+        // its own one before it mounts anything; where it was killed even earlier, an empty folder stays.
+        if let Some(name) = log.lines().find_map(mounts) {
+            let _ = fs::remove_dir(Path::new("/tmp").join(name));
         }
     }
 }
@@ -172,15 +166,20 @@ fn yard(line: &str) -> Option<&str> {
     (name.starts_with(".criu.cgyard.") && !name.contains('/')).then_some(name)
 }
 
-/// Whether any process of this machine is CRIU, or a copy of it that becomes one of a container.
-fn is_criu_at_work() -> bool {
-    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let mut lines = pids.filter_map(|e| fs::read(e.path().join("cmdline")).ok());
-    lines.any(|line| {
-        let mut words = line.split(|b| *b == 0);
-        let program = words.next().unwrap_or_default();
-        program.ends_with(b"criu") || words.any(|w| w == b"swrk")
-    })
+/// The folder in `/tmp` for the container's mounts that a line of CRIU's log speaks of. Other lines have paths of the container's,
+/// which may be anything.
+fn mounts(line: &str) -> Option<&str> {
+    let text = line.split_once("mnt: ")?.1.trim_start();
+    let path = match text.strip_prefix("Will mount ") {
+        Some(rest) => {
+            let (id, path) = rest.split_once(" @ ")?;
+            id.bytes().all(|b| b.is_ascii_digit()).then_some(path)?
+        }
+        None => text.strip_prefix("Move the root to ")?,
+    };
+    let name = path.strip_prefix("/tmp/")?.split('/').next()?;
+    let own = name.strip_prefix(MOUNTS)?;
+    (!own.is_empty() && own.bytes().all(|b| b.is_ascii_alphanumeric())).then_some(name)
 }
 
 /// Removes a cgroup with those below it. One that has a process again stays.
@@ -240,5 +239,35 @@ mod tests {
         assert_eq!(yard("(00.1) cg: Opening .criu.cgyard.NnnXxN as cg yard"), Some(".criu.cgyard.NnnXxN"));
         assert_eq!(yard("(00.1) cg: Opening .criu.cgyard.a/../.. as cg yard"), None);
         assert_eq!(yard("(00.1) cg: Opening /sys as cg yard"), None);
+    }
+
+    #[test]
+    fn of_the_folders_for_mounts_only_its_own_is_taken_from_criu_s_log() {
+        let own = "(00.107024) mnt: \t\tWill mount 151 @ /tmp/.criu.mntns.xYJzBa/mnt-0000000151 /out";
+        assert_eq!(mounts(own), Some(".criu.mntns.xYJzBa"));
+        let own = "(00.137007)      1: mnt: Move the root to /tmp/.criu.mntns.xYJzBa";
+        assert_eq!(mounts(own), Some(".criu.mntns.xYJzBa"));
+        for other in [
+            "(00.1) mnt: \t\tWill mount 151 from /tmp/.criu.mntns.another (E)",
+            "(00.1) mnt: \tRead 151 mp @ /tmp/.criu.mntns.another",
+            "(00.1) mnt: \t\tWill mount 151 @ /out",
+            "(00.1) mnt: Move the root to /tmp/.criu.mntns.",
+            "(00.1) mnt: Move the root to /tmp/.criu.mntns...",
+        ] {
+            assert_eq!(mounts(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn an_empty_folder_of_another_criu_outlives_a_failed_restore() {
+        let mut started = Started::nothing();
+        // As if its cgroup had been seen.
+        started.cgroups.insert("/nowhere".into());
+        let folder = || tempfile::Builder::new().prefix(MOUNTS).rand_bytes(6).tempdir_in("/tmp").unwrap();
+        let (own, another, work) = (folder(), folder(), tempfile::tempdir().unwrap());
+        let line = format!("(00.1) mnt: \t\tWill mount 15 @ {}/mnt-0000000015 /out\n", own.path().display());
+        fs::write(work.path().join("restore.log"), line).unwrap();
+        started.clear(work.path());
+        assert!(!own.path().exists() && another.path().exists());
     }
 }

@@ -63,8 +63,8 @@ impl Inventory {
     /// Of a container that runs, and of the place it is in. `None` if the container has no process.
     pub fn take(place: &Place, container: &Container<'_>) -> Option<Inventory> {
         let pid = container.pid().ok().filter(|p| *p > 0)?;
-        let mut found = BTreeMap::<String, usize>::new();
-        let mut count = |name: String| *found.entry(name).or_default() += 1;
+        let mut inventory = Inventory::of_place(place);
+        let mut count = |name: String| *inventory.0.entry(name).or_default() += 1;
         for fd in fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten() {
             let link = fs::read_link(fd.path()).ok()?;
             count(format!("fd of the program: {}", kind(&link.to_string_lossy())));
@@ -72,6 +72,15 @@ impl Inventory {
         for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
             count(format!("thread of the program: {}", text(thread.path().join("comm")).trim()));
         }
+        Some(inventory)
+    }
+
+    /// Of a place, whatever runs in it.
+    pub fn of_place(place: &Place) -> Inventory {
+        let mut found = BTreeMap::<String, usize>::new();
+        let mut count = |name: String| *found.entry(name).or_default() += 1;
+        let top = place.path("");
+        let unique = top.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let mut memory = BTreeSet::new();
         for pid in pids() {
             for fd in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
@@ -90,21 +99,25 @@ impl Inventory {
             count(format!("mount {}", kind(line.split(' ').nth(4).unwrap_or_default())));
         }
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            let prefix = container.id.rsplit_once('-').map_or("", |(p, _)| p);
             for group in fs::read_dir(hierarchy.path()).into_iter().flatten().flatten() {
                 let name = group.file_name();
-                if group.path().is_dir() && name.to_string_lossy().starts_with(prefix) {
+                if group.path().is_dir() && name.to_string_lossy().starts_with(&unique) {
                     count("cgroup".into());
                 }
             }
         }
         // What CRIU has for the time of a job.
-        for folder in [container.image("image"), container.image("image.work"), "/tmp".into()] {
+        let folders = fs::read_dir(&top).into_iter().flatten().flatten().map(|e| e.path());
+        for folder in folders.chain(["/tmp".into()]) {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
                 if entry.file_name().to_string_lossy().starts_with(".criu") {
                     count(format!("file {}", entry.path().display()));
                 }
             }
+        }
+        for line in text("/proc/net/unix").lines().filter(|l| l.contains(&unique)) {
+            let path = line.split_whitespace().nth(7).unwrap_or_default();
+            count(format!("socket {}", kind(path)));
         }
         let mut folders = vec![place.path("state"), place.path("root")];
         while let Some(folder) = folders.pop() {
@@ -119,7 +132,7 @@ impl Inventory {
                 }
             }
         }
-        Some(Inventory(found))
+        Inventory(found)
     }
 
     /// What is here and not, or not as often, in `before`.

@@ -232,7 +232,7 @@ pub fn table(rows: &[Row]) -> String {
                 Action::Kill => "CRIU killed".into(),
                 action => format!("CRIU killed, {action}"),
             },
-            Place::Nowhere => continue,
+            Place::Nowhere | Place::Time(_) => continue,
         };
         let outcome = row.outcome.to_string();
         let outcome = outcome.split(':').next().unwrap_or_default().to_string();

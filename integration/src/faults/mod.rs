@@ -8,6 +8,7 @@ pub mod driver;
 pub mod leaks;
 pub mod matrix;
 pub mod run;
+pub mod soak;
 pub mod wrappers;
 
 use std::fmt;
@@ -31,6 +32,8 @@ pub enum Action {
     KillShim,
     /// The keeper is killed.
     KillKeeper,
+    /// The worker is killed.
+    KillWorker,
     /// The image folder is removed with what is in it.
     RemoveImage,
     /// The container's cgroup is frozen.
@@ -77,6 +80,7 @@ impl fmt::Display for Action {
             Action::KillAll => "foreground and lower runtime killed",
             Action::KillShim => "shim killed",
             Action::KillKeeper => "keeper killed",
+            Action::KillWorker => "worker killed",
             Action::RemoveImage => "image folder removed",
             Action::Freeze => "cgroup frozen",
             Action::KillProgram => "program killed",
@@ -133,6 +137,8 @@ impl fmt::Display for Way {
 pub enum Place {
     /// Nowhere.
     Nowhere,
+    /// Wherever the job is so many milliseconds after its start.
+    Time(u32),
     /// A point of the engine: its name, and the arrival.
     Point(String, u32),
     /// A call of the worker into the driver: function, code (`hang` is one), and whether always.
@@ -152,6 +158,7 @@ impl fmt::Display for Place {
         let often = |always: &bool| if *always { "always" } else { "once" };
         match self {
             Place::Nowhere => write!(f, "nowhere"),
+            Place::Time(ms) => write!(f, "after {ms} ms"),
             Place::Point(name, 1) => write!(f, "{name}"),
             Place::Point(name, n) => write!(f, "{name}, arrival {n}"),
             Place::Worker(call, code, always) => write!(f, "worker: {call} = {code}, {}", often(always)),

@@ -22,11 +22,23 @@ const LIMIT: Duration = Duration::from_secs(90);
 /// How long the program may take for its next steps once all is quiet.
 const STEPS: Duration = Duration::from_secs(20);
 
-/// Limits short enough that a call that hangs costs seconds.
+/// Limits short enough that a call that hangs costs seconds. Only jobs that faults are made in have them: what else is done on a
+/// busy machine may take longer.
 const CONFIG: &str = "drain_timeout = 3\nlock_timeout = 3\ndriver_timeout = 3\nattach_timeout = 6\nstall_timeout = 3\ncriu_timeout = 20\n";
 
 /// Takes the foreground with it when it is killed.
 const SHIM: &str = "setpriv --pdeathsig KILL -- \"$0\" \"$@\"; true";
+
+/// A fault that was made.
+#[derive(Debug)]
+pub struct Struck {
+    case: Case,
+    /// The program that it was made on, 0 if that is yet to be restored.
+    pid: i32,
+    ended: Ended,
+    /// Whether something was done from outside.
+    done: bool,
+}
 
 /// A place with one container, on which faults are made.
 pub struct Bench<'a> {
@@ -40,34 +52,37 @@ pub struct Bench<'a> {
 impl<'a> Bench<'a> {
     /// Prepares a place.
     pub fn new(folder: &'a Folder) -> Result<Self> {
-        fs::write(folder.path("config.toml"), CONFIG)?;
+        fs::write(folder.path("hasty.toml"), CONFIG)?;
         wrappers::install(folder)?;
         Ok(Bench { folder, container: None, before: Inventory::default(), restore_all: false })
     }
 
-    fn container(&self) -> Result<&Container<'a>> {
+    /// The container.
+    pub fn container(&self) -> Result<&Container<'a>> {
         self.container.as_ref().context("no container")
     }
 
-    /// A container that runs.
-    fn ready(&mut self) -> Result<()> {
+    /// Has a container that runs, if the last one is gone.
+    pub fn ready(&mut self) -> Result<()> {
         if self.container.is_none() {
             let container = self.folder.sample(&["--mib", "24", "--step-ms", "2"])?;
             container.start()?;
             container.steps(3)?;
             self.container = Some(container);
             // What every checkpoint leaves in a program (a thread's memory, a region made beforehand) is no leak of a fault.
-            // The first one on a busy machine may take longer than the short limits allow.
-            self.folder.overlay([("PHOS_CONFIG", self.folder.path("patient.toml").into())]);
-            let warm = self.container()?.checkpoint("warm", true);
-            self.folder.overlay([]);
-            warm?;
+            self.container()?.checkpoint("warm", true)?;
             self.image_removed("warm")?;
             wait_until_quiet(LIMIT);
             self.container()?.steps(2)?;
-            let taken = Inventory::take(self.folder, self.container()?);
-            self.before = taken.context("the container does not run")?;
+            self.count()?;
         }
+        Ok(())
+    }
+
+    /// What is there now is no leak of what comes.
+    pub fn count(&mut self) -> Result<()> {
+        let taken = Inventory::take(self.folder, self.container()?);
+        self.before = taken.context("the container does not run")?;
         Ok(())
     }
 
@@ -106,7 +121,10 @@ impl<'a> Bench<'a> {
             Place::CriuAt(action) => {
                 variables.extend(wrappers::kill_criu(self.folder, When::At(action), with));
             }
-            Place::Nowhere | Place::Program(..) => {}
+            Place::Nowhere | Place::Time(_) | Place::Program(..) => {}
+        }
+        if case.place != Place::Nowhere {
+            variables.push(("PHOS_CONFIG", self.folder.path("hasty.toml").into()));
         }
         match case.way {
             Way::Precopy => variables.push(("PHOS_STRATEGY", "precopy".into())),
@@ -135,13 +153,19 @@ impl<'a> Bench<'a> {
     /// Makes a fault and says what came of it. An error is one of the bench itself.
     pub fn run(&mut self, case: &Case) -> Result<Row> {
         self.ready()?;
+        let struck = self.strike(case)?;
+        self.settle(struck)
+    }
+
+    /// Makes a fault. Other benches may do the same meanwhile.
+    pub fn strike(&mut self, case: &Case) -> Result<Struck> {
         let _ = fs::remove_dir_all(self.faults());
         fs::create_dir_all(self.faults())?;
         self.image_removed("image")?;
         match case.way {
             Way::Again | Way::Recovery => {
                 self.container()?.checkpoint("image", true)?;
-                wait_until_quiet(LIMIT);
+                self.quiet();
                 if case.way == Way::Again {
                     self.container()?.verb("pause", &[])?;
                 }
@@ -162,12 +186,18 @@ impl<'a> Bench<'a> {
             driver::arm(pid, "")?;
         }
         self.folder.overlay(self.overlay(case));
-        let outside = case.action.is_outside() && matches!(case.place, Place::Point(..));
-        let ended = if outside { self.meddle(case) } else { self.command(case, None) };
+        let outside = case.action.is_outside() && matches!(case.place, Place::Point(..) | Place::Time(_));
+        let ended = if outside { self.meddle(case) } else { self.command(case, None).map(|e| (e, false)) };
         // What is done from outside may still wait to be let go.
         fs::write(self.faults().join("go"), "")?;
         self.folder.overlay([]);
-        let ended = ended?;
+        let (ended, done) = ended?;
+        Ok(Struck { case: case.clone(), pid, ended, done })
+    }
+
+    /// Says what came of a fault, once nobody is at work any more.
+    pub fn settle(&mut self, struck: Struck) -> Result<Row> {
+        let Struck { ref case, pid, ref ended, done } = struck;
         let mut leaked: Vec<String> =
             wait_until_quiet(LIMIT).into_iter().map(|p| format!("process {p}")).collect();
         if !leaked.is_empty() {
@@ -187,6 +217,7 @@ impl<'a> Bench<'a> {
             Place::Point(..) | Place::Criu(_) | Place::CriuAt(_) => self.faults().join("struck0").exists(),
             Place::Worker(call, ..) => worker_calls.contains(call),
             Place::Program(call, ..) => program_calls.contains(call) || program_calls.is_empty(),
+            Place::Time(_) => done,
             _ => true,
         };
         let logged = self.container()?.last_error().unwrap_or_default();
@@ -195,7 +226,7 @@ impl<'a> Bench<'a> {
             && case.action == Action::Kill
             && ended.status != 0
             && (logged.is_empty() || logged.contains('\n'));
-        let outcome = match self.judge(case, &ended, &mut leaked) {
+        let outcome = match self.judge(case, ended, &mut leaked) {
             Ok(_) if silent => Outcome::Lost(format!("why is not said in one line: {logged:?}")),
             Ok(outcome) => outcome,
             Err(e) => Outcome::Lost(format!("{e:#}").replace('\n', " ")),
@@ -232,29 +263,50 @@ impl<'a> Bench<'a> {
         container.try_verb_through(shell, verb, &words)
     }
 
-    /// Runs the command, and does something while one of its processes waits at a point.
-    fn meddle(&self, case: &Case) -> Result<Ended> {
+    /// The processes at work in this place.
+    fn own(&self) -> Vec<(i32, String)> {
+        let folder = self.folder.path("").display().to_string();
+        others().into_iter().filter(|(_, line)| line.contains(folder.trim_end_matches('/'))).collect()
+    }
+
+    /// Waits until none is.
+    fn quiet(&self) {
+        let deadline = Instant::now() + LIMIT;
+        while !self.own().is_empty() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Runs the command, and does something while one of its processes waits at a point or, whether they do or not, after a
+    /// while. `true`: it was done.
+    fn meddle(&self, case: &Case) -> Result<(Ended, bool)> {
         let shell = (case.action == Action::KillShim).then_some(SHIM);
         thread::scope(|scope| {
             let command = scope.spawn(|| self.command(case, shell));
-            let deadline = Instant::now() + LIMIT;
-            while !self.faults().join("struck0").exists() && !command.is_finished() {
-                ensure!(Instant::now() < deadline, "the point was not reached");
+            let begun = Instant::now();
+            let arrived = || match case.place {
+                Place::Time(ms) => begun.elapsed() >= Duration::from_millis(ms.into()),
+                _ => self.faults().join("struck0").exists(),
+            };
+            while !arrived() && !command.is_finished() {
+                ensure!(begun.elapsed() < LIMIT, "the point was not reached");
                 thread::sleep(Duration::from_millis(1));
             }
-            let done = if command.is_finished() { Ok(()) } else { self.act(case) };
+            let done = if command.is_finished() { Ok(false) } else { self.act(case).map(|()| true) };
             if case.action != Action::Freeze {
                 fs::write(self.faults().join("go"), "")?;
             }
             let ended = command.join().map_err(|_| anyhow::anyhow!("the command's thread panicked"))?;
-            done.and(ended)
+            // Whom it was meant for may not have begun yet, or have ended.
+            let done = if matches!(case.place, Place::Time(_)) { done.or(Ok(false)) } else { done };
+            done.and_then(|done| Ok((ended?, done)))
         })
     }
 
     fn act(&self, case: &Case) -> Result<()> {
         let container = self.container()?;
         let with = |words: &[&str]| {
-            others()
+            self.own()
                 .into_iter()
                 .find(|(_, line)| words.iter().all(|w| line.contains(w)))
                 .map(|(pid, _)| Pid::from_raw(pid))
@@ -266,6 +318,7 @@ impl<'a> Bench<'a> {
             }
             Action::KillShim => kill(with(&["sh -c setpriv"]).context("no shim")?, Signal::SIGKILL)?,
             Action::KillKeeper => kill(with(&["__keeper"]).context("no keeper")?, Signal::SIGKILL)?,
+            Action::KillWorker => kill(with(&["__worker"]).context("no worker")?, Signal::SIGKILL)?,
             Action::RemoveImage => fs::remove_dir_all(container.image("image"))?,
             Action::Freeze => {
                 self.set_frozen(true)?;
@@ -337,6 +390,8 @@ impl<'a> Bench<'a> {
 
     fn judge(&self, case: &Case, ended: &Ended, leaked: &mut Vec<String>) -> Result<Outcome> {
         let container = self.container()?;
+        let undisturbed = case.place == Place::Nowhere && !matches!(case.way, Way::Recovery | Way::Lost);
+        ensure!(!undisturbed || ended.status == 0, "nothing was in its way: {ended:?}\n{}", container.logs());
         let image = match self.image() {
             Ok(image) => image,
             Err(e) => {
@@ -399,6 +454,13 @@ impl<'a> Bench<'a> {
         wait_until_quiet(LIMIT);
         let lines = status::wait_for(&container.status_file(), 2, STEPS)?;
         status::check(&lines)
+    }
+
+    /// Everything that there is more of than before.
+    pub fn beyond(&self) -> Result<Vec<String>> {
+        let mut leaked = Vec::new();
+        self.compare(&mut leaked)?;
+        Ok(leaked)
     }
 
     fn compare(&self, leaked: &mut Vec<String>) -> Result<()> {
