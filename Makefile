@@ -6,14 +6,20 @@ PROFILE ?= release
 DESTDIR ?=
 CARGO ?= cargo
 
-.PHONY: fuzz licences deny all demo test test-embedded setup build debug release install uninstall kernels plot gpu-bundle
+.PHONY: fuzz licences deny all demo test test-embedded toolchain setup build debug release install uninstall kernels plot gpu-bundle
 
 all: release
+
+toolchain:
+	@command -v $(CARGO) >/dev/null || { echo "no $(CARGO) in PATH: install Rust 1.89 or newer (rustup), or name it: make CARGO=..." >&2; exit 1; }
 
 setup:
 	integration/scripts/setup.sh
 
-build: setup
+# What is built is looked for here, wherever the environment has cargo put it.
+build release test: export CARGO_TARGET_DIR = $(CURDIR)/target
+
+build: toolchain setup
 	$(CARGO) build --workspace
 
 # A container with a GPU (or the simulated driver), checkpointed running, stopped, restored, and proven.
@@ -32,7 +38,7 @@ test-embedded: build
 	$(CARGO) build -p phos-runc --features libcontainer --target-dir target/embedded
 	PHOS_EMBEDDED=$(CURDIR)/target/embedded/debug/phos-runc $(CARGO) test -p phos-integration --test conformance embedded
 
-release:
+release: toolchain
 	$(CARGO) build --release -p phos-runc -p phos-shim -p phos-hooks
 
 # PROFILE=debug installs what `make build` has made. An existing file of the host's own is never written over: examples for the

@@ -17,5 +17,6 @@ pub mod privilege;
 pub mod processes;
 pub mod progress;
 pub mod service;
+pub mod started;
 pub mod text;
 pub mod worker;

@@ -1,9 +1,10 @@
 //! Running the lower runtime.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -53,25 +54,48 @@ fn collect(mut from: impl Read + Send + 'static) -> thread::JoinHandle<Vec<u8>> 
     })
 }
 
+/// A path as `mountinfo` has it: blanks and the like are octal there.
+fn unescaped(text: &str) -> PathBuf {
+    let mut parts = text.split('\\');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let (code, rest) = part.split_at_checked(3).unwrap_or((part, ""));
+        bytes.extend(u8::from_str_radix(code, 8));
+        bytes.extend(rest.as_bytes());
+    }
+    OsString::from_vec(bytes).into()
+}
+
 /// The mounts below `folder`, the last one first.
 fn mounts_below(folder: &Path, mountinfo: &str) -> Vec<PathBuf> {
     let points = mountinfo.lines().filter_map(|l| l.split(' ').nth(4));
-    // Blanks and the like are octal in there; such a folder is none of a container's.
-    let below = points.map(PathBuf::from).filter(|p| p != folder && p.starts_with(folder));
+    // There are no links in there. Without a folder, nothing is below it.
+    let folder = &fs::canonicalize(folder).unwrap_or(folder.into());
+    let below =
+        points.map(unescaped).filter(|p| folder.is_absolute() && p != folder && p.starts_with(folder));
     let mut below: Vec<_> = below.collect();
     below.reverse();
     below
 }
 
-/// Unmounts what a killed lower runtime has left mounted in its own folder of a container. runc binds the container's root
-/// file system there for a restore, and its `delete` removes the folder with all that is in it: the root file system's files
-/// would go with it.
+/// Unmounts what a killed lower runtime or CRIU has left mounted in its own folder of a container. runc binds the container's
+/// root file system there for a restore, and its `delete` removes the folder with all that is in it: the root file system's
+/// files would go with it. CRIU mounts the host's cgroups: each that is empty would go.
 pub fn release(folder: &Path) {
     let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for point in mounts_below(folder, &mountinfo) {
         if let Err(e) = umount2(&point, MntFlags::MNT_DETACH) {
             tracing::error!(mount = %point.display(), error = %e, "left mounted");
         }
+    }
+}
+
+/// Removes a folder with all that is in it, but nothing of what was mounted there. A folder that a mount cannot be taken out of
+/// stays.
+pub fn remove_folder(folder: &Path) {
+    release(folder);
+    if !is_mounted(folder) {
+        let _ = fs::remove_dir_all(folder);
     }
 }
 
@@ -185,9 +209,14 @@ mod tests {
     fn only_mounts_inside_the_folder_are_found_and_the_last_comes_first() {
         let mountinfo = "1 0 8:1 / / rw - ext4 a rw\n2 1 8:1 /x /run/runc/c rw - ext4 a rw\n\
                          3 1 8:1 /r /run/runc/c/criu-root rw - ext4 a rw\n4 3 0:9 / /run/runc/c/criu-root/dev rw - tmpfs t rw\n\
-                         5 1 8:1 /r /run/runc/cc/criu-root rw - ext4 a rw\n";
+                         5 1 8:1 /r /run/runc/cc/criu-root rw - ext4 a rw\n\
+                         6 1 8:1 /r /run/runc/a\\040b\\134/x rw - ext4 a rw\n";
         let below = mounts_below(Path::new("/run/runc/c"), mountinfo);
         assert_eq!(below, ["/run/runc/c/criu-root/dev", "/run/runc/c/criu-root"].map(PathBuf::from));
+        assert_eq!(
+            mounts_below(Path::new("/run/runc/a b\\"), mountinfo),
+            [PathBuf::from("/run/runc/a b\\/x")]
+        );
     }
 
     #[test]

@@ -10,8 +10,17 @@ use caps::{CapSet, Capability, CapsHashSet};
 /// What the keeper needs: more descriptors on their way through its socket than a process may have open.
 pub const KEEPER: &[Capability] = &[Capability::CAP_SYS_RESOURCE];
 
-/// The same of a restore, which may have to unmount what a killed lower runtime has left.
-pub const RESTORE_KEEPER: &[Capability] = &[Capability::CAP_SYS_RESOURCE, Capability::CAP_SYS_ADMIN];
+/// The same of a restore, which may have to undo what a killed lower runtime or CRIU has left.
+pub const RESTORE_KEEPER: &[Capability] = &[
+    Capability::CAP_SYS_RESOURCE,
+    // Mounts.
+    Capability::CAP_SYS_ADMIN,
+    // Processes of any user, which are known by `/proc/PID`.
+    Capability::CAP_SYS_PTRACE,
+    Capability::CAP_KILL,
+    // Working folders of any owner.
+    Capability::CAP_DAC_OVERRIDE,
+];
 
 /// What the worker needs, or the driver's library in it.
 pub const WORKER: &[Capability] = &[

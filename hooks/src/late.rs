@@ -133,6 +133,8 @@ pub fn mounts(container: &[Mounted], host: &[Mounted], spec: &Value, root: &Path
             // What the container has mounted of its own root stays its own business, and CRIU's.
             source => source.filter(|s| !s.starts_with(root))?,
         };
+        // Nothing else can stand in a configuration. CRIU will name the mount when it refuses it.
+        source.to_str()?;
         Some(LateMount { destination: m.at.clone(), source, read_only: m.read_only })
     };
     container.iter().filter(|m| is_plain(&m.at)).filter_map(late).collect()
@@ -231,6 +233,7 @@ mod tests {
 67 60 0:21 /ctr/rootfs/a /b rw - ext4 /dev/vda rw
 68 60 0:92 / /proc/acpi ro - tmpfs tmpfs ro
 69 60 0:31 /box /sys/fs/cgroup/cpu ro,nosuid shared:7 master:2 - cgroup cgroup rw,cpu
+70 60 0:21 /srv/c\\040d/\\212 /no-text rw - ext4 /dev/vda rw
 ",
         )
     }

@@ -37,6 +37,8 @@ def rate(steps, begin, end):
 
 # For so long before a checkpoint the program's rate is taken as the usual one, ns.
 USUAL_NS = 2_000_000_000
+# And for so long after it as the one that it comes back to, ns.
+AFTER_NS = 1_000_000_000
 
 
 def leave_running(box, workload, i, more=(), settle=30, keep=False, folder=f"{WORK}/images"):
@@ -49,6 +51,7 @@ def leave_running(box, workload, i, more=(), settle=30, keep=False, folder=f"{WO
     box.checkpoint(image, True, *more)
     after = time.monotonic_ns()
     box.wait_steps(settle)
+    time.sleep(max(0, AFTER_NS - (time.monotonic_ns() - after)) / 1e9)
     steps, report = box.steps(), box.report()
     report.pop("spans")
     gap, gap_begin, gap_end = max((b[2] - a[2], a[2], b[2]) for a, b in zip(steps, steps[1:]) if b[2] > before)
@@ -60,13 +63,15 @@ def leave_running(box, workload, i, more=(), settle=30, keep=False, folder=f"{WO
         log(f"  {w}")
     criu_gaps(image)
     # The image is written from the end of the gap to the command's end, with pre-copy also before the gap.
-    for note, begin, end in (("pre-copy", before, gap_begin), ("while the image is written", gap_end, after)):
+    for note, begin, end in (("pre-copy", before, gap_begin), ("while the image is written", gap_end, after), ("in the second after", after, after + AFTER_NS)):
         during = rate(steps, begin, end)
         if box.usual and during and (note != "pre-copy" or report["precopied_bytes"]):
             result("copy", workload, "phos-runc", "app_rate_during", during / box.usual, note=note + ", fraction of before")
             inside = [t for _, _, t in steps if begin <= t <= end]
-            slowest = max(b - a for a, b in zip(inside, inside[1:])) / 1e6
-            log(f"  steps/s before {box.usual:.2f}, {note} {during:.2f}, of {len(inside)} the slowest {slowest:.1f} ms, the median {statistics.median(b - a for a, b in zip(inside, inside[1:])) / 1e6:.1f} ms")
+            spans = [(b - a) / 1e6 for a, b in zip(inside, inside[1:])]
+            parts = [spans[len(spans) * i // 4 : len(spans) * (i + 1) // 4] for i in range(4)]
+            log(f"  steps/s before {box.usual:.2f}, {note} {during:.2f}, of {len(inside)} the slowest {max(spans):.2f} ms, the median {statistics.median(spans):.2f} ms, by quarters "
+                + " ".join(f"{statistics.median(p):.2f}" for p in parts if p))
     if not keep:
         shutil.rmtree(image)
     return gap, report, image
@@ -162,7 +167,7 @@ def huge_pages(box, workload):
     run("umount", folder)
 
 
-def phos(gb, count, strategy):
+def phos(gb, count, strategy, pause_only):
     workload = f"torch-{gb:g}g"
     box = Container(workload, ("torch_steps.py", "--gb", str(gb)), annotations={"phos.strategy": strategy})
     box.start()
@@ -174,6 +179,9 @@ def phos(gb, count, strategy):
         result("pause", workload, "phos-runc", "pause_ms", gap, note=f"leave-running {i}")
     figures(workload, pauses)
     huge_pages(box, workload)
+    if pause_only:
+        box.stop()
+        return
     stop_and_restore(box, workload)
     box.wait_steps(60)
     box.stop()
@@ -293,7 +301,7 @@ def plain(workload, words, warm, pause_only=False):
 
 def torch(args):
     for gb in args.gb or [2.0, 20.0]:
-        phos(gb, args.count, args.strategy)
+        phos(gb, args.count, args.strategy, args.pause_only)
         if args.plain and gb == max(args.gb or [20.0]):
             plain(f"torch-{gb:g}g", ("torch_steps.py", "--gb", str(gb)), 60)
 

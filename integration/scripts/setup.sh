@@ -21,12 +21,15 @@ if [ "${1:-}" = engines ]; then
     command -v podman >/dev/null || packages+=(podman)
     [ -e /usr/lib/x86_64-linux-gnu/libjemalloc.so.2 ] || packages+=(libjemalloc2)
     command -v conmon >/dev/null || packages+=(conmon)
-    { [ -x /usr/sbin/dockerd ] || [ -x /usr/bin/dockerd ]; } || packages+=(docker.io containerd iptables)
+    { command -v docker && { [ -x /usr/sbin/dockerd ] || [ -x /usr/bin/dockerd ]; }; } >/dev/null ||
+        packages+=(docker.io containerd iptables)
 fi
 if [ ${#packages[@]} -gt 0 ]; then
     say "installing ${packages[*]}"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
+    # Since Debian 13 a package of its own, which docker.io only recommends.
+    if [[ " ${packages[*]} " = *" docker.io "* && -n $(apt-cache show docker-cli 2>/dev/null) ]]; then packages+=(docker-cli); fi
     apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
 fi
 
@@ -45,7 +48,9 @@ fetch() {
     rm -rf "$state" "$target"
     mkdir -p "$state"/{lists/partial,cache/archives/partial,etc}
     : >"$state/status"
-    sources=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources 2>/dev/null || true)
+    # Debian's cloud images name their mirrors in a file beside the sources.
+    sources=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list /etc/apt/sources.list.d/*.sources /etc/apt/mirrors/*.list \
+        2>/dev/null || true)
     mirror=${PHOS_DEBIAN_MIRROR:-$(grep -oE 'https?://[^ ]+/debian/?( |$)' <<<"$sources" | head -n 1 | tr -d ' ' || true)}
     if [ -z "$mirror" ] && grep -q '^ID=ubuntu' /etc/os-release; then
         mirror=$(grep -oE 'https?://[^ ]+/ubuntu/?( |$)' <<<"$sources" | head -n 1 | tr -d ' ' || true)
@@ -56,7 +61,8 @@ fetch() {
     echo "deb [signed-by=$signed] $mirror $suite" >"$state/etc/sources.list"
     local options=(-qq -o Dir::State="$state" -o Dir::State::status="$state/status" -o Dir::State::Lists="$state/lists"
         -o Dir::Cache="$state/cache" -o Dir::Etc::sourcelist="$state/etc/sources.list" -o Dir::Etc::sourceparts=/dev/null
-        -o Dir::Etc::preferencesparts=/dev/null -o APT::Architecture=amd64 -o APT::Install-Recommends=false)
+        -o Dir::Etc::preferencesparts=/dev/null
+        -o APT::Sandbox::User=root -o APT::Architecture=amd64 -o APT::Install-Recommends=false)
     apt-get "${options[@]}" update
     apt-get "${options[@]}" -y --download-only -o Debug::NoLocking=1 install "$@" >/dev/null
     # Links such as /lib come first.

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use phos_engine::lower;
 
 use crate::bundle::{Bundle, Gpu};
 use crate::status::{self, Status};
@@ -139,6 +140,13 @@ impl Place {
         let id = format!("{unique}-{number}");
         let bundle = Bundle::make(&self.tools, &self.path(&id), &id, args, gpu)?;
         Ok(Container { place: self, id, bundle, runtime: self.tools.program("phos-runc") })
+    }
+}
+
+impl Drop for Place {
+    /// What a runtime or CRIU has left mounted in there (the machine's cgroups, for one) must not be removed with it.
+    fn drop(&mut self) {
+        lower::release(self.folder.path());
     }
 }
 
@@ -280,6 +288,13 @@ impl Container<'_> {
             bail!("restore ended with {}: {}\n{}", ended.status, ended.text, self.logs());
         }
         Ok(())
+    }
+
+    /// Stops it by a checkpoint, and restores it from that.
+    pub fn stop_and_restore(&self, name: &str) -> Result<()> {
+        self.checkpoint(name, false)?;
+        self.verb("delete", &["--force"])?;
+        self.restore(name)
     }
 
     /// The sample's status file.

@@ -115,7 +115,7 @@ fn checkpoints(tools: &Tools) -> Result<()> {
     fs::write(container.bundle.out.join("hang"), "")?;
     std::thread::sleep(std::time::Duration::from_millis(200));
     let ended = container.try_checkpoint("hanging", true)?;
-    is_one_clear_line(&container, &ended, &["did not finish", "drain_timeout"])?;
+    is_one_clear_line(&container, &ended, &["phos-sample", "did not finish", "drain_timeout"])?;
     fs::remove_file(container.bundle.out.join("hang"))?;
     container.steps(3)?;
     ensure!(!container.image("hanging").exists());

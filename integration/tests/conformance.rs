@@ -290,7 +290,8 @@ impl Side<'_> {
                 c => out.push(c),
             }
         }
-        out
+        // Left out of a container's statistics as long as it is 0.
+        out.replace("\"cache\":#,", "")
     }
 
     /// `!file PATH`: whether it exists. `!cgroup FILE`: a limit of the container. `!config TEXT`: another configuration.

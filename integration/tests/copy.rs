@@ -11,7 +11,9 @@ use std::{env, fs, thread};
 
 use phos_engine::copy::{self, Session, Tuning};
 use phos_engine::device::{Device, Region, cuda};
-use phos_engine::image::{CHUNK, Codec, Image, ImageWriter, Unpacker, data_file};
+use phos_engine::image::{
+    CHUNK, Codec, Digest, Image, ImageError, ImageWriter, Location, Sink, Unpacker, data_file,
+};
 use phos_engine::progress::Progress;
 use phos_integration::{memory, tools};
 
@@ -108,6 +110,9 @@ fn torn(count: usize, validate: bool) -> usize {
             // No spare memory, too little of it, enough.
             let spare = [0, 3 * CHUNK, BLOCKS * SIZE][n % 3] as u64;
             session.allocate_spare(&BTreeMap::from([(gpu.id, spare)])).unwrap();
+            if n % 2 == 0 {
+                session.prepare_scan().unwrap();
+            }
             for _ in 0..n % 4 {
                 let chunks = session.dirty().unwrap();
                 session.round(&chunks).unwrap();
@@ -191,6 +196,58 @@ fn what_is_loaded_is_what_was_saved_or_it_is_refused() {
         fs::write(&file, &good).unwrap();
     }
     loaded(device.as_ref(), folder.path(), tuning).unwrap();
+}
+
+/// Counts the chunks that come to it.
+struct Count(AtomicU64);
+
+impl Sink for Count {
+    fn put(
+        &self,
+        _: usize,
+        data: &[u8],
+        _: &[Digest],
+        places: &mut [Option<Location>],
+    ) -> Result<(), ImageError> {
+        self.0.fetch_add((data.len() / CHUNK) as u64, Ordering::Relaxed);
+        places.fill(Some(Location::File { file: 0, offset: 0, packed: 0 }));
+        Ok(())
+    }
+}
+
+#[test]
+fn what_is_known_to_be_zero_is_not_copied() {
+    let device = device();
+    let gpu = memory::first_gpu(device.as_ref()).unwrap();
+    let regions: Vec<_> = (0..2).map(|_| device.allocate(gpu.id, SIZE as u64).unwrap()).collect();
+    let words = words(&regions);
+    words.iter().flat_map(|block| block.iter()).for_each(|w| w.store(0, Ordering::Relaxed));
+    words[0][2 * CHUNK / 8].store(1, Ordering::Relaxed);
+    words[1][SIZE / 8 - 1].store(1, Ordering::Relaxed);
+    let progress = Progress::default();
+    let tuning = Tuning { lanes: 2, piece: 2 * CHUNK };
+    // Straight out without the digests, straight out with them, through spare memory, and what was zero before a write.
+    for (number, expected) in [(0, 8), (1, 2), (2, 2), (3, 3)] {
+        let ledger = memory::ledger(&regions, SIZE as u64);
+        let sink = Count(AtomicU64::new(0));
+        let mut session = Session::prepare(device.as_ref(), &progress, sink, tuning, ledger).unwrap();
+        if number > 0 {
+            session.prepare_scan().unwrap();
+        }
+        if number == 2 {
+            session.allocate_spare(&BTreeMap::from([(gpu.id, 2 * SIZE as u64)])).unwrap();
+        }
+        if number == 3 {
+            let (zero, others) = session.dirty_by_zero().unwrap();
+            assert_eq!((zero.len(), others.len()), (6, 2));
+            session.ledger.note_zeros(&zero);
+            words[0][0].store(1, Ordering::Relaxed);
+        }
+        session.quiesce().unwrap();
+        session.drain().unwrap();
+        assert_eq!(session.sink().0.load(Ordering::Relaxed), expected, "{number}");
+        assert_eq!(session.ledger.unsaved(), []);
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use phos_engine::privilege::{KEEPER, WORKER};
+use phos_engine::privilege::{KEEPER, RESTORE_KEEPER, WORKER};
 use phos_integration::container::Place;
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
@@ -32,10 +32,11 @@ fn processes(tools: &Tools) -> Result<()> {
     let mut place = Place::new(tools)?;
     let (lower, seen) = (place.path("watching-runc"), place.path("seen"));
     fs::create_dir(&seen)?;
-    // The lower runtime's parent is the worker, and that one's is the keeper.
+    // In a checkpoint the lower runtime's parent is the worker, and that one's is the keeper.
     let text = format!(
         "#!/bin/sh\ncase \" $* \" in *' checkpoint '*)\n cat /proc/$PPID/status >{0}/worker\n cat /proc/$$/status >{0}/lower\n \
-         keeper=$(sed -n 's/^PPid:[^0-9]*//p' {0}/worker)\n cat /proc/$keeper/status >{0}/keeper ;;\nesac\nexec {1} \"$@\"\n",
+         keeper=$(sed -n 's/^PPid:[^0-9]*//p' {0}/worker)\n cat /proc/$keeper/status >{0}/keeper ;;\n\
+         *' restore '*) for p in /proc/[0-9]*; do grep -q __keeper $p/cmdline 2>/dev/null && cat $p/status >{0}/restore; done ;;\nesac\nexec {1} \"$@\"\n",
         seen.display(),
         tools.runc.display()
     );
@@ -52,6 +53,9 @@ fn processes(tools: &Tools) -> Result<()> {
     ensure!(capabilities(&read("worker")?)? == mask(WORKER) & own, "{}", read("worker")?);
     ensure!(capabilities(&read("keeper")?)? == mask(KEEPER) & own, "{}", read("keeper")?);
     ensure!(capabilities(&read("lower")?)? == own, "the lower runtime has all: {}", read("lower")?);
+    container.stop_and_restore("stopped")?;
+    container.steps(2)?;
+    ensure!(capabilities(&read("restore")?)? == mask(RESTORE_KEEPER) & own, "{}", read("restore")?);
     // What is written is its owner's alone.
     for entry in fs::read_dir(container.image("image"))?.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -155,6 +159,13 @@ fn rootless(tools: &Tools) -> Result<()> {
     script(&lower, &format!("#!/bin/sh\necho \"$*\" >>{}/words\n[ \"$3\" != state ]\n", called.display()))?;
     place.env.insert("PHOS_LOWER_RUNTIME".into(), lower.into());
     fs::set_permissions(place.path("."), fs::Permissions::from_mode(0o755))?;
+    // Nobody but root reads what is built below `/root`.
+    let lib = place.path("lib");
+    fs::create_dir(&lib)?;
+    for name in ["libphos.so", "phos-hook"] {
+        fs::copy(place.tools.built.join(name), lib.join(name))?;
+    }
+    place.env.insert("PHOS_LIB_DIR".into(), lib.into());
     let config = bundle.join("config.json");
     let text = fs::read_to_string(&config)?;
     let user = ["setpriv", "--reuid=4711", "--regid=4711", "--clear-groups", "--"];

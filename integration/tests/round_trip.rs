@@ -81,9 +81,7 @@ fn several(tools: &Tools) -> Result<()> {
     container.checkpoint("running", true)?;
     assert_eq!(place.report()?["processes"], 2);
     both()?;
-    container.checkpoint("stopped", false)?;
-    container.try_verb("delete", &["--force"])?;
-    container.restore("stopped")?;
+    container.stop_and_restore("stopped")?;
     both()
 }
 
@@ -110,9 +108,7 @@ fn without_the_library(tools: &Tools) -> Result<()> {
     let warnings = place.report()?["warnings"].to_string();
     ensure!(warnings.contains("without libphos.so"), "{warnings}");
     container.steps(3)?;
-    container.checkpoint("stopped", false)?;
-    container.try_verb("delete", &["--force"])?;
-    container.restore("stopped")?;
+    container.stop_and_restore("stopped")?;
     container.steps(3)?;
     Ok(())
 }
@@ -193,9 +189,7 @@ fn other_shapes(tools: &Tools) -> Result<()> {
         assert_eq!(place.report()?["warnings"], serde_json::json!([]), "{shape}");
         assert!(place.report()?["gpu_bytes"].as_u64() > Some(20 << 20), "{shape}");
         container.steps(3)?;
-        container.checkpoint("stopped", false)?;
-        container.try_verb("delete", &["--force"])?;
-        container.restore("stopped")?;
+        container.stop_and_restore("stopped")?;
         container.steps(3)?;
     }
     Ok(())

@@ -36,9 +36,7 @@ fn run(tools: &Tools) -> Result<()> {
     ensure!(manifest["shared"].as_array().is_some_and(|s| s.len() == 2), "{manifest}");
     // Both ends of it come back, again and again: each verifies what the other one writes.
     for name in ["stopped-1", "stopped-2"] {
-        container.checkpoint(name, false)?;
-        container.try_verb("delete", &["--force"])?;
-        container.restore(name)?;
+        container.stop_and_restore(name)?;
         container.steps(5)?;
     }
     // From an image of the running container, with one that builds on it.
@@ -68,9 +66,7 @@ fn churning(tools: &Tools) -> Result<()> {
         container.checkpoint(&format!("running-{n}"), true)?;
         container.steps(3)?;
     }
-    container.checkpoint("stopped", false)?;
-    container.try_verb("delete", &["--force"])?;
-    container.restore("stopped")?;
+    container.stop_and_restore("stopped")?;
     container.steps(3)?;
     Ok(())
 }

@@ -223,6 +223,16 @@ fn memory_by_ipc() {
     app.ok("cuMemAllocAsync", &[out(&mut pooled), MIB, 0]);
     let mut none = Handle([0; 64]);
     assert_eq!(app.call("cuIpcGetMemHandle", &[out(&mut none), pooled as usize]), INVALID_VALUE);
+    // What the program is told beforehand agrees with that.
+    for (address, capable) in [(large, 1), (small + 10, 1), (pooled, 0)] {
+        let (mut alone, mut among, which) = (7u8, 7u8, [10u32]);
+        app.ok("cuPointerGetAttribute", &[out(&mut alone), 10, address as usize]);
+        app.ok(
+            "cuPointerGetAttributes",
+            &[1, which.as_ptr() as usize, out(&mut [&raw mut among]), address as usize],
+        );
+        assert_eq!((alone, among), (capable, capable));
+    }
     app.ok("cuMemFreeAsync", &[pooled as usize, 0]);
 
     // Any address of an allocation names all of it; small ones keep their places.

@@ -34,7 +34,8 @@ fn each_strategy(tools: &Tools) -> Result<()> {
         let report = container.checkpoint_with("running", &["--leave-running"])?;
         assert_eq!(report["precopy_rounds"].as_u64() > Some(0), precopied, "{strategy}: {report}");
         assert_eq!(report["straight_bytes"].as_u64() == Some(0), snapshot, "{strategy}: {report}");
-        assert_eq!(report["digest_ms"].as_f64() > Some(0.0), precopied, "{strategy}: {report}");
+        // All that goes through spare memory is not looked at while the program stands still.
+        assert_eq!(report["digest_ms"].as_f64() == Some(0.0), strategy == "snapshot", "{strategy}: {report}");
         container.steps(3)?;
         let report = container.checkpoint_with("stopped", &[])?;
         assert_eq!(report["precopy_rounds"].as_u64() > Some(0), precopied, "{strategy}: {report}");
@@ -93,7 +94,8 @@ fn pre_dumped(tools: &Tools) -> Result<()> {
     let place = Place::new(tools)?;
     let container = started(&place, &["--mib", "40"], "auto")?;
     let report = container.checkpoint_with("base", &["--pre-dump"])?;
-    assert!(report["precopied_bytes"].as_u64() >= Some(40 << 20), "{report}");
+    // All but a few chunks that are still zero.
+    assert!(report["precopied_bytes"].as_u64() >= Some(36 << 20), "{report}");
     assert_eq!(report["pause_ms"], 0.0, "a pre-dump stops nothing");
     container.steps(3)?;
     let parent = format!("../{}.base", container.id);

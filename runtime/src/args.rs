@@ -117,6 +117,14 @@ impl Args {
         Args::parse(words)
     }
 
+    /// The same command line with one more flag of the verb; what it said of that flag counts no more.
+    pub fn with(&self, flag_name: &str, value: &OsStr) -> Args {
+        let mut words = self.without(flag_name).all;
+        let at = (self.verb_at + 1).min(words.len());
+        words.splice(at..at, [format!("--{flag_name}").into(), value.to_os_string()]);
+        Args::parse(words)
+    }
+
     /// A flag of the verb.
     pub fn value(&self, name: &str) -> Option<&OsStr> {
         self.flags.get(name).map(OsString::as_os_str)
@@ -200,6 +208,17 @@ mod tests {
             "checkpoint --image-path --trace -- --trace"
         );
         assert_eq!(line("", TRACE), "");
+    }
+
+    #[test]
+    fn a_flag_that_is_added_is_the_only_one_of_its_name() {
+        let with = |l: &str| {
+            let with = parse(l).with("work-path", "/w".as_ref());
+            assert_eq!(with.value("work-path"), Some(OsStr::new("/w")));
+            with.all.iter().map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(with("--root /r restore -d c"), "--root /r restore --work-path /w -d c");
+        assert_eq!(with("restore --work-path= -d -- c"), "restore --work-path /w -d -- c");
     }
 
     proptest! {

@@ -186,6 +186,7 @@ fn with_state(
     declare_late_mounts(&mut effective_spec, container, state, timeouts.lower_ms / 1000)?;
     let library = run.config.library();
     let own_pid = std::process::id() as i32;
+    let lower_args = state.with_criu_work(&asked.lower_args)?;
     let job = CheckpointJob {
         container: id.to_string(),
         control_dir: state.control_dir(),
@@ -195,7 +196,7 @@ fn with_state(
         pre_dump: args.switch("pre-dump"),
         parent: asked.parent,
         frozen: container.status == "paused",
-        lower_checkpoint: run.lower.verbatim(&asked.lower_args),
+        lower_checkpoint: run.lower.verbatim(&lower_args),
         lower_pause: run.lower.command_line(args, &["pause", id]),
         lower_resume: run.lower.command_line(args, &["resume", id]),
         lower_state: run.lower.command_line(args, &["state", id]),
@@ -211,7 +212,7 @@ fn with_state(
     let begun = SystemTime::now();
     let (result, lower) = carry_out(state, &job, lock)?;
     if lower.status != 0
-        && let Some(cause) = criu_log::cause(args, "dump", begun, &state.lower_log())
+        && let Some(cause) = criu_log::cause(&lower_args, "dump", begun, &state.lower_log())
     {
         // Engines show the first line.
         eprintln!("{cause}");

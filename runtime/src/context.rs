@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::lower::Lower;
 
 /// One run of this program.
+#[derive(Clone)]
 pub struct Context {
     /// Its command line.
     pub args: Args,

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use crate::args::Args;
-use crate::state::lower_folder;
 
 /// What CRIU says at its end in any case.
 const ENDS: &[&str] = &["finished successfully", "FAILED"];
@@ -16,11 +15,7 @@ const NO_CAUSE: &[&str] =
 
 /// CRIU's working folder of a job with this command line.
 pub fn folder(args: &Args) -> Option<PathBuf> {
-    match args.value("work-path").filter(|p| !p.is_empty()) {
-        Some(named) => Some(PathBuf::from(named)),
-        // The lower runtime's own choice.
-        None => Some(lower_folder(args, args.id()?).join("criu.work")),
-    }
+    args.value("work-path").filter(|p| !p.is_empty()).map(PathBuf::from)
 }
 
 /// CRIU's log in there and its text, unless it is of a job before `since`. `verb` is `dump` or `restore`.
@@ -86,26 +81,23 @@ mod tests {
                    (00.3) Error (criu/cr-restore.c:2548): Restoring FAILED.\n";
         let now = SystemTime::now();
         let none = Path::new("/nowhere");
-        fs::create_dir_all(folder.path().join("c1/criu.work")).unwrap();
-        fs::write(folder.path().join("c1/criu.work/dump.log"), log).unwrap();
         fs::write(folder.path().join("restore.log"), log).unwrap();
-        for (args, verb) in [
-            (parse(&["--root", root, "checkpoint", "c1"]), "dump"),
-            (parse(&["restore", "--work-path", root, "c1"]), "restore"),
-        ] {
-            let cause = cause(&args, verb, now, none).unwrap();
-            assert!(
-                cause.starts_with("CRIU: File x has bad size 1 (expect 2) (see ") && cause.contains(root),
-                "{cause}"
-            );
-        }
-        assert_eq!(cause(&parse(&["--root", root, "checkpoint", "c2"]), "dump", now, none), None);
+        let cause = cause(&parse(&["restore", "--work-path", root, "c1"]), "restore", now, none).unwrap();
+        assert!(
+            cause.starts_with("CRIU: File x has bad size 1 (expect 2) (see ") && cause.contains(root),
+            "{cause}"
+        );
+        assert_eq!(super::cause(&parse(&["--root", root, "checkpoint", "c2"]), "dump", now, none), None);
         let args = parse(&["restore", "--work-path", root, "c1"]);
-        assert_eq!(cause(&args, "restore", now + Duration::from_secs(60), none), None, "an earlier job's");
+        assert_eq!(
+            super::cause(&args, "restore", now + Duration::from_secs(60), none),
+            None,
+            "an earlier job's"
+        );
         // It says how it ends, unless it is killed; what it could go on after is not the cause then.
         fs::write(folder.path().join("restore.log"), "(00.2) Error (criu/x.c:1): harmless\n(00.3) Forking\n")
             .unwrap();
-        let cause = cause(&args, "restore", now, none).unwrap();
+        let cause = super::cause(&args, "restore", now, none).unwrap();
         assert!(cause.starts_with("CRIU: it was killed in the middle of the restore (see "), "{cause}");
         // Or after it had come to its end, or before it had a log.
         let log = folder.path().join("log").display().to_string();

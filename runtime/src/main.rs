@@ -18,7 +18,6 @@ mod lower;
 mod privilege;
 mod progress;
 mod restore;
-mod started;
 mod state;
 mod trace;
 

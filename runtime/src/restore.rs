@@ -1,7 +1,7 @@
 //! `restore`: the GPU's memory is loaded while the lower runtime rebuilds the processes.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Stdio};
@@ -13,9 +13,10 @@ use phos_engine::device::cuda::LIBCUDA_ENV;
 use phos_engine::fault::{self, Moment};
 use phos_engine::image::Image;
 use phos_engine::job::{RestoreJob, RestoreReport};
-use phos_engine::keeper::{self, Undo, WorkerRole};
+use phos_engine::keeper::{self, Keeper, Undo, WorkerRole};
 use phos_engine::lower;
 use phos_engine::service::{Client, ClientError};
+use phos_engine::started::Started;
 use phos_hooks::{Mode, again, detect, inject_as, late, merge, plan};
 use serde_json::Value;
 
@@ -23,12 +24,14 @@ use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
-use crate::started::Started;
 use crate::state::{StateDir, lower_folder, read_spec, write_spec};
 use crate::{criu_log, log, privilege, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
 const START: Duration = Duration::from_secs(20);
+
+/// CRIU's log in its working folder.
+const LOG: &str = "restore.log";
 
 /// Exit statuses from here on are those of programs that a signal has ended.
 const KILLED: i32 = 128;
@@ -60,6 +63,8 @@ pub fn run(run: &Context) -> Result<i32> {
 
 fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path: &Path) -> Result<i32> {
     let timeouts = run.config.timeouts();
+    let own_work = state.criu_work();
+    let run = &Context { args: state.with_criu_work(&run.args)?, ..run.clone() };
     let options = late::restore_options(&image.manifest.effective_spec);
     state.write_criu_options(timeouts.lower_ms / 1000, &options)?;
     prepare_environment(run, state)?;
@@ -91,18 +96,20 @@ fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path:
         timeouts,
         library: Some(host.library),
     };
+    let work = env::current_dir()?.join(criu_log::folder(&run.args).unwrap_or_default());
     let undo = Undo {
         folder: lower_folder(&run.args, &job.container),
+        work: work.clone(),
         delete: run.lower.command_line(&run.args, &["delete", "--force", &job.container]),
     };
-    let mut started = Started::new();
+    let mut started = Started::nothing();
     let mut keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd(), &undo)?;
     let result = block_on(async {
         let client = Client::connect(&keeper, START).await?;
         fault::at(Moment::Connected)?;
         client.restore(&job).await?;
         let limit = Duration::from_millis(timeouts.lower_ms);
-        rebuild(run, state, &client, keeper.alive(), limit, &mut started).await
+        rebuild(run, state, &client, &keeper, limit, &mut started).await
     });
     // A worker that is gone could not say why; its keeper can.
     let result = match result {
@@ -118,10 +125,13 @@ fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path:
         // The lower runtime was killed. What it has started may be at work still, and must not meet a second attempt.
         keeper.clean_up();
     }
+    let mut logged = run.args.clone();
     if !matches!(&result, Ok((_, Some(_)))) {
-        let log = criu_log::read(&run.args, "restore", started.begun);
-        let work = criu_log::folder(&run.args).unwrap_or_default();
-        started.clear(&work, &log.map(|(_, text)| text).unwrap_or_default());
+        started.clear(&work);
+        // The state folder goes; CRIU's log must not.
+        if work == own_work && fs::copy(work.join(LOG), path.join(LOG)).is_ok() {
+            logged = logged.with("work-path", path.as_os_str());
+        }
     }
     match result {
         Ok((status, report)) => {
@@ -129,7 +139,7 @@ fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path:
                 let _ = write_spec(&bundle, &before);
             }
             if report.is_none()
-                && let Some(cause) = criu_log::cause(&run.args, "restore", started.begun, &state.lower_log())
+                && let Some(cause) = criu_log::cause(&logged, "restore", started.begun, &state.lower_log())
             {
                 eprintln!("{cause}");
                 log::explain(&run.args, &cause);
@@ -178,13 +188,13 @@ fn effective_spec(run: &Context, image: &Image, spec: &Value) -> Result<Value> {
     Ok(effective)
 }
 
-/// Runs the lower runtime's restore, attaches the GPU, and waits for whatever the lower runtime waits for. All that is at work
-/// holds `alive` meanwhile.
+/// Runs the lower runtime's restore, attaches the GPU, and waits for whatever the lower runtime waits for. The keeper gets to
+/// know all that is at work.
 async fn rebuild(
     run: &Context,
     state: &StateDir,
     client: &Client,
-    alive: Option<BorrowedFd<'_>>,
+    keeper: &Keeper,
     limit: Duration,
     started: &mut Started,
 ) -> Result<(i32, Option<RestoreReport>)> {
@@ -197,9 +207,7 @@ async fn rebuild(
         command.arg("--log").arg(state.lower_log());
     }
     command.args(&args.without(TRACE).all).stdin(Stdio::inherit());
-    if let Some(alive) = alive {
-        lower::inherit(&mut command, alive);
-    }
+    keeper.introduce(&mut command);
     let mut child = command.spawn().with_context(|| format!("cannot run {}", run.lower.path.display()))?;
     let give_up = |child: &mut Child| {
         // A program without its GPU memory must not run.
@@ -207,7 +215,7 @@ async fn rebuild(
         run.lower.quietly(args, &["delete", "--force", id]);
         let _ = child.wait();
     };
-    let pid = match wait_for_init(run, &mut child, id, limit, started) {
+    let pid = match wait_for_init(run, &mut child, limit, keeper, started) {
         Ok(Ok(pid)) => pid,
         // It failed, and has said why.
         Ok(Err(status)) => return Ok((status, None)),
@@ -246,12 +254,13 @@ fn detached(run: &Context) -> bool {
 fn wait_for_init(
     run: &Context,
     child: &mut Child,
-    id: &str,
     limit: Duration,
+    keeper: &Keeper,
     started: &mut Started,
 ) -> Result<std::result::Result<i32, i32>> {
     fault::at(Moment::LowerStarted)?;
     let lower = child.id() as i32;
+    let id = run.args.id().unwrap_or_default();
     let deadline = Instant::now() + limit;
     loop {
         let ended = child.try_wait()?;
@@ -274,7 +283,9 @@ fn wait_for_init(
                 _ => {}
             }
         }
-        if ended.is_none() && started.look(lower) {
+        let in_vain = ended.is_none() && started.look(lower);
+        started.fresh().into_iter().for_each(|pid| keeper.tell_of(pid));
+        if in_vain {
             // What CRIU has left has the lower runtime wait for it. Without it, that fails and cleans up after itself.
             started.end();
         }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 use phos_engine::keeper::{BORROWED, lock_file};
+use phos_engine::lower;
 use phos_protocol::paths;
 use serde_json::Value;
 
@@ -91,6 +92,26 @@ impl StateDir {
         self.path.join("lower.log")
     }
 
+    /// CRIU's working folder where the command line names none. CRIU mounts the host's cgroups there: a lower runtime's own
+    /// folder, which that removes, and an image are no places for them.
+    pub fn criu_work(&self) -> PathBuf {
+        self.path.join("criu")
+    }
+
+    /// A command line of the lower runtime that names CRIU's working folder: its own, or this one.
+    pub fn with_criu_work(&self, args: &Args) -> Result<Args> {
+        if args.value("work-path").is_some_and(|p| !p.is_empty()) {
+            return Ok(args.clone());
+        }
+        let work = self.criu_work();
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&work)
+            .with_context(|| work.display().to_string())?;
+        Ok(args.with("work-path", work.as_os_str()))
+    }
+
     /// Options for CRIU that the lower runtime does not set.
     pub fn criu_options(&self) -> PathBuf {
         self.path.join("criu.conf")
@@ -123,7 +144,7 @@ impl StateDir {
     }
 
     fn remove_folder(&self) {
-        let _ = fs::remove_dir_all(&self.path);
+        lower::remove_folder(&self.path);
     }
 
     /// Removes everything there is of the container. Only whoever holds the lock may: it goes too.

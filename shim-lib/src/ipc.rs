@@ -119,8 +119,12 @@ struct Opened {
 /// Held during a whole open or close, so that nothing is mapped twice.
 static OPENED: Mutex<Vec<Opened>> = Mutex::new(Vec::new());
 
-/// Names a plain allocation and lets it be given out. None: it is not this library's.
-fn name(pointer: DevicePtr) -> Option<Result<Name, Status>> {
+/// Calls `with` with a plain allocation's place in its piece of memory, the piece's id, and the piece. None: it is not this
+/// library's.
+fn with_plain<R>(
+    pointer: DevicePtr,
+    with: impl FnOnce(u64, u64, &mut Physical) -> R,
+) -> Option<Result<R, Status>> {
     let found = pointers::find(pointer)?;
     if found.pool != 0 {
         // As the driver: memory of pools is shared by its pool.
@@ -133,8 +137,20 @@ fn name(pointer: DevicePtr) -> Option<Result<Name, Status>> {
     if !matches!(physical.class, CLASS_PLAIN | CLASS_SMALL) || physical.fd.get().is_none() {
         return None;
     }
-    physical.shared = true;
-    Some(Ok(Name::own(Kind::Memory, id, offset)))
+    Some(Ok(with(offset, id, physical)))
+}
+
+/// Names a plain allocation and lets it be given out. None: it is not this library's.
+fn name(pointer: DevicePtr) -> Option<Result<Name, Status>> {
+    with_plain(pointer, |offset, id, physical| {
+        physical.shared = true;
+        Name::own(Kind::Memory, id, offset)
+    })
+}
+
+/// Whether [`cuIpcGetMemHandle`] would name this memory.
+pub fn is_capable(pointer: DevicePtr) -> bool {
+    control::reachable().is_some() && matches!(with_plain(pointer, |_, _, _| ()), Some(Ok(())))
 }
 
 /// # Safety

@@ -7,12 +7,14 @@ use std::ffi::c_void;
 use crate::carve::Carver;
 use crate::cuda::{DevicePtr, SUCCESS, Status};
 use crate::real::api;
-use crate::{gate, pools, table};
+use crate::{gate, ipc, pools, table};
 
 /// `CU_POINTER_ATTRIBUTE_CONTEXT`.
 const CONTEXT: u32 = 1;
 /// `CU_POINTER_ATTRIBUTE_BUFFER_ID`.
 const BUFFER_ID: u32 = 7;
+/// `CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE`.
+const IPC_CAPABLE: u32 = 10;
 /// `CU_POINTER_ATTRIBUTE_RANGE_START_ADDR`.
 const RANGE_START: u32 = 11;
 /// `CU_POINTER_ATTRIBUTE_RANGE_SIZE`.
@@ -77,6 +79,17 @@ fn answer(attribute: u32, pointer: DevicePtr) -> Option<u64> {
     }
 }
 
+/// Says of memory that has CUDA IPC by this library that it has, which the driver has denied.
+///
+/// # Safety
+/// The driver has just written an attribute's value to `data`.
+unsafe fn admit(attribute: u32, pointer: DevicePtr, data: *mut c_void) {
+    if attribute == IPC_CAPABLE && !data.is_null() && ipc::is_capable(pointer) {
+        // SAFETY: a boolean that the driver has written; whatever its width, this is the byte that tells.
+        unsafe { data.cast::<u8>().write(1) };
+    }
+}
+
 /// # Safety
 /// As the driver's function.
 #[unsafe(no_mangle)]
@@ -118,7 +131,13 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
             SUCCESS
         }
         // SAFETY: the arguments are the caller's.
-        _ => unsafe { (api().pointer_attribute)(data, attribute, pointer) },
+        _ => unsafe {
+            let result = (api().pointer_attribute)(data, attribute, pointer);
+            if result == SUCCESS {
+                admit(attribute, pointer, data);
+            }
+            result
+        },
     }
 }
 
@@ -144,6 +163,7 @@ pub unsafe extern "C" fn cuPointerGetAttributes(
             if let Some(value) = answer(*attributes.add(i), pointer).filter(|_| !to.is_null()) {
                 to.cast::<u64>().write_unaligned(value);
             }
+            admit(*attributes.add(i), pointer, to);
         }
     }
     SUCCESS

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use phos_digest::ZERO_CHUNK;
+
 use super::ledger::{Batch, ChunkRef, Ledger};
 use crate::device::{Device, DeviceError, GpuId, Pinned, Stream};
 use crate::error::EngineError;
@@ -16,6 +18,9 @@ use crate::progress::Progress;
 const PIECE: usize = 2 << 20;
 /// More threads than this no longer raise the rate (FACTS: a file system's own limit comes first).
 const MOST_LANES: usize = 12;
+
+/// The niceness of threads that copy: they get a third of what others get that want the same processor.
+const GIVE_WAY: i32 = 5;
 
 /// Threads that move data on this machine.
 pub fn lane_count() -> usize {
@@ -70,16 +75,18 @@ impl<'a> Lanes<'a> {
         Ok(Lanes { device, rings, most: tuning.piece / CHUNK })
     }
 
-    /// Copies chunks. Their owner may write to them at any time: the digest is that of the bytes which were saved.
+    /// Copies chunks. Without `digests` their owner may write to them at any time: each gets that of the bytes which were
+    /// saved.
     pub fn copy(
         &mut self,
         sink: &dyn Sink,
         ledger: &mut Ledger,
         chunks: &[ChunkRef],
+        digests: &[Digest],
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let batches = ledger.batches(chunks, self.most);
-        self.run(sink, ledger, chunks, &batches, &[], progress)
+        self.run(sink, ledger, chunks, &batches, digests, progress)
     }
 
     /// Copies what a [`super::Spare`] holds.
@@ -105,6 +112,11 @@ impl<'a> Lanes<'a> {
         progress: &Progress,
     ) -> Result<Duration, EngineError> {
         let begin = Instant::now();
+        // What is known to be zero is not stored, so it need not be looked at.
+        let zeros = zeros(chunks, digests);
+        progress.add((zeros.len() * CHUNK) as u64);
+        ledger.note_zeros(&zeros);
+        let batches = &without_zeros(batches, digests);
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
         let take = || match failed.load(Ordering::Relaxed) {
@@ -120,6 +132,7 @@ impl<'a> Lanes<'a> {
                 .map(|(number, ring)| {
                     let (take, failed) = (&take, &failed);
                     scope.spawn(move || {
+                        give_way();
                         let mut lane = Lane { number, device, sink, known, chunks, digests, ring };
                         let result = lane.drive(take, progress);
                         if result.is_err() {
@@ -138,6 +151,37 @@ impl<'a> Lanes<'a> {
         ledger.record(copied.into_iter().flatten());
         Ok(begin.elapsed())
     }
+}
+
+/// Has this thread give way where there are fewer processors than threads: the program, or CRIU while the program stands
+/// still, should not wait for what has time.
+fn give_way() {
+    // SAFETY: changes the priority of this thread, and nothing else.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, GIVE_WAY) } != 0 {
+        tracing::debug!(error = %std::io::Error::last_os_error(), "a copy thread keeps its priority");
+    }
+}
+
+/// The chunks whose digests say that they are zero.
+fn zeros(chunks: &[ChunkRef], digests: &[Digest]) -> Vec<ChunkRef> {
+    let known = chunks.iter().zip(digests).filter(|(_, digest)| **digest == ZERO_CHUNK);
+    known.map(|(chunk, _)| *chunk).collect()
+}
+
+/// The batches without the chunks whose digests say that they are zero.
+fn without_zeros(batches: &[Batch], digests: &[Digest]) -> Vec<Batch> {
+    let is_zero = |n: usize| digests.get(n) == Some(&ZERO_CHUNK);
+    let mut rest = Vec::with_capacity(batches.len());
+    for batch in batches {
+        let numbers: Vec<usize> = (0..batch.count).collect();
+        for run in numbers.chunk_by(|a, b| is_zero(batch.first + a) == is_zero(batch.first + b)) {
+            if !is_zero(batch.first + run[0]) {
+                let (first, address) = (batch.first + run[0], batch.address + (run[0] * CHUNK) as u64);
+                rest.push(Batch { gpu: batch.gpu, address, first, count: run.len() });
+            }
+        }
+    }
+    rest
 }
 
 /// One thread.
@@ -222,5 +266,27 @@ impl Lane<'_> {
             copied.push((*chunk, (digest, place)));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeros_are_cut_out_of_batches() {
+        let gpu = GpuId([1; 16]);
+        let batch = |first, count| Batch { gpu, address: 0x1000_0000 + (first * CHUNK) as u64, first, count };
+        let digests = |zero: &[bool]| -> Vec<_> {
+            zero.iter().map(|z| if *z { ZERO_CHUNK } else { Digest([1, 2]) }).collect()
+        };
+        let batches = [batch(0, 4), batch(4, 2)];
+        assert_eq!(without_zeros(&batches, &[]), batches, "nothing is known");
+        let known = digests(&[false, true, true, false, true, true]);
+        assert_eq!(without_zeros(&batches, &known), [batch(0, 1), batch(3, 1)]);
+        let known = digests(&[true, false, false, true, false, false]);
+        assert_eq!(without_zeros(&batches, &known), [batch(1, 2), batch(4, 2)]);
+        let chunks: Vec<_> = (0..6).map(|chunk| ChunkRef { block: (0, 7), chunk }).collect();
+        assert_eq!(zeros(&chunks, &known), [chunks[0], chunks[3]]);
     }
 }

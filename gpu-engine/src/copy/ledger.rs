@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use phos_digest::ZERO_CHUNK;
+
 use crate::device::GpuId;
-use crate::image::{CHUNK, Digest, Saved};
+use crate::image::{CHUNK, Digest, Location, Saved};
 
 /// An allocation: index of its process, and the library's id of it.
 pub type BlockId = (u32, u64);
@@ -118,6 +120,26 @@ impl Ledger {
         dirty
     }
 
+    /// Parts chunks into those that are zero and the others. `digests`: of [`Ledger::all`], as they are now.
+    pub fn part_zeros(&self, chunks: Vec<ChunkRef>, digests: &[Digest]) -> (Vec<ChunkRef>, Vec<ChunkRef>) {
+        let all = self.all();
+        // Both are in the same order.
+        let mut now = all.iter().zip(digests);
+        chunks.into_iter().partition(|chunk| {
+            now.by_ref().find(|(c, _)| *c == chunk).is_some_and(|(_, digest)| *digest == ZERO_CHUNK)
+        })
+    }
+
+    /// Records chunks as being zero: so they are saved, without anything being stored.
+    pub fn note_zeros(&mut self, chunks: &[ChunkRef]) {
+        self.record(chunks.iter().map(|chunk| (*chunk, (ZERO_CHUNK, Location::Zero))));
+    }
+
+    /// Whether nothing at all is saved.
+    pub fn is_blank(&self) -> bool {
+        self.blocks.values().flat_map(|b| &b.chunks).all(Option::is_none)
+    }
+
     /// Records what was copied.
     pub fn record(&mut self, copied: impl IntoIterator<Item = (ChunkRef, Saved)>) {
         for (chunk, saved) in copied {
@@ -159,7 +181,6 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::Location;
 
     const GPU: GpuId = GpuId([1; 16]);
 
@@ -191,6 +212,24 @@ mod tests {
         ledger.add((1, 8), GPU, 0x3000_0000, CHUNK as u64);
         ledger.retain(|id| id != (0, 7));
         assert_eq!(ledger.dirty(&[digest(4), digest(5), digest(6)]), [ChunkRef { block: (1, 8), chunk: 0 }]);
+    }
+
+    #[test]
+    fn what_is_zero_is_saved_once_that_is_known() {
+        let mut ledger = ledger();
+        let now = [digest(0), ZERO_CHUNK, digest(2), digest(3), ZERO_CHUNK, digest(5)];
+        let all = ledger.all();
+        assert!(ledger.is_blank());
+        ledger.record([(all[0], (digest(0), Location::Zero))]);
+        let (zero, rest) = ledger.part_zeros(ledger.dirty(&now), &now);
+        assert_eq!((zero.clone(), rest.clone()), (vec![all[1], all[4]], vec![all[2], all[3], all[5]]));
+        ledger.note_zeros(&zero);
+        assert!(!ledger.is_blank());
+        assert_eq!(ledger.dirty(&now), rest);
+        let mut later = now;
+        later[1] = digest(9);
+        assert_eq!(ledger.dirty(&later), [all[1], all[2], all[3], all[5]], "zero no more");
+        assert_eq!(ledger.part_zeros(rest.clone(), &[]), (vec![], rest), "what is not known is not zero");
     }
 
     #[test]

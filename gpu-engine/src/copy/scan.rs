@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::ledger::Ledger;
+use super::ledger::{ChunkRef, Ledger};
 use crate::device::{Device, DeviceError, GpuId, Pinned, Region, Stream};
 use crate::image::{CHUNK, Digest};
 
@@ -131,6 +131,29 @@ impl Scanner {
             results.insert(*gpu, bytes.map(|d| Digest::from_bytes(std::array::from_fn(|i| d[i]))).collect());
         }
         Ok(results)
+    }
+
+    /// Digests of these chunks, in their order, if the lists for so many are there; making them would take longer than the
+    /// digests save.
+    pub fn digests_of(
+        &mut self,
+        device: &dyn Device,
+        ledger: &Ledger,
+        chunks: &[ChunkRef],
+    ) -> Result<Option<Vec<Digest>>, DeviceError> {
+        let mut lists = Addresses::new();
+        let mut gpus = Vec::with_capacity(chunks.len());
+        for of_block in chunks.chunk_by(|a, b| a.block == b.block) {
+            let Some(block) = ledger.block(of_block[0].block) else { return Ok(None) };
+            lists.entry(block.gpu).or_default().extend(of_block.iter().map(|c| block.chunk_address(c.chunk)));
+            gpus.extend(std::iter::repeat_n(block.gpu, of_block.len()));
+        }
+        if lists.iter().any(|(gpu, list)| self.lists.get(gpu).is_none_or(|l| l.capacity < list.len())) {
+            return Ok(None);
+        }
+        let found = self.digests_at(device, &lists)?;
+        let mut found: BTreeMap<_, _> = found.into_iter().map(|(gpu, d)| (gpu, d.into_iter())).collect();
+        Ok(gpus.iter().map(|gpu| found.get_mut(gpu)?.next()).collect())
     }
 
     /// Copies chunks, all of one GPU, to the places given: each place takes the number of chunks that goes with it.

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use phos_digest::ZERO_CHUNK;
+
 use super::lanes::{Lanes, Tuning};
 use super::ledger::{ChunkRef, Ledger};
 use super::scan::Scanner;
@@ -26,7 +28,7 @@ pub struct Quiesced {
     pub copy: Duration,
     /// Bytes that differed.
     pub dirty_bytes: u64,
-    /// Bytes copied straight out.
+    /// Bytes copied straight out, without those that were zero.
     pub straight_bytes: u64,
 }
 
@@ -84,6 +86,13 @@ impl<'a, S: Sink> Session<'a, S> {
         Ok(self.ledger.dirty(&digests))
     }
 
+    /// As [`Session::dirty`], with what is zero at this moment apart: `(zero, others)`. Unlike other content that costs no room
+    /// and no time to save: see [`Ledger::note_zeros`].
+    pub fn dirty_by_zero(&mut self) -> Result<(Vec<ChunkRef>, Vec<ChunkRef>), DeviceError> {
+        let digests = self.scanner.digests(self.device, &self.ledger)?;
+        Ok(self.ledger.part_zeros(self.ledger.dirty(&digests), &digests))
+    }
+
     /// The share of all chunks that change within `window`; 0 if there are none.
     pub fn changing(&mut self, window: Duration) -> Result<f64, DeviceError> {
         let before = self.scanner.digests(self.device, &self.ledger)?;
@@ -97,7 +106,7 @@ impl<'a, S: Sink> Session<'a, S> {
     pub fn round(&mut self, chunks: &[ChunkRef]) -> Result<(u64, Duration), EngineError> {
         self.progress.step(State::Precopy, bytes(chunks))?;
         let begin = Instant::now();
-        let time = self.lanes.copy(&self.sink, &mut self.ledger, chunks, self.progress)?;
+        let time = self.lanes.copy(&self.sink, &mut self.ledger, chunks, &[], self.progress)?;
         self.progress.span("pre-copy", TRACK, begin, time);
         Ok((bytes(chunks), time))
     }
@@ -106,14 +115,14 @@ impl<'a, S: Sink> Session<'a, S> {
     /// straight out.
     pub fn quiesce(&mut self) -> Result<Quiesced, EngineError> {
         let begin = Instant::now();
-        let all = self.ledger.all();
-        let nothing_saved = self.ledger.unsaved().len() == all.len();
-        let dirty = if nothing_saved { all } else { self.dirty()? };
-        let digest = if nothing_saved { Duration::ZERO } else { begin.elapsed() };
-        if !nothing_saved {
-            self.progress.span("digest", TRACK, begin, digest);
+        if self.ledger.is_blank() {
+            return self.take(&self.ledger.all());
         }
-        Ok(Quiesced { digest, ..self.take(&dirty)? })
+        let dirty = self.dirty()?;
+        let digest = begin.elapsed();
+        self.progress.span("digest", TRACK, begin, digest);
+        let taken = self.take(&dirty)?;
+        Ok(Quiesced { digest: digest + taken.digest, ..taken })
     }
 
     /// The second half of [`Session::quiesce`], for the chunks given.
@@ -125,15 +134,17 @@ impl<'a, S: Sink> Session<'a, S> {
             self.progress.span("snapshot", TRACK, begin, snapshot);
             self.spare.digest(self.device, &mut self.scanner)?;
         }
-        let mut quiesced = Quiesced {
-            snapshot,
-            dirty_bytes: bytes(dirty),
-            straight_bytes: bytes(&left),
-            ..Quiesced::default()
-        };
+        let mut quiesced = Quiesced { snapshot, dirty_bytes: bytes(dirty), ..Quiesced::default() };
         if !left.is_empty() {
             let begin = Instant::now();
-            quiesced.copy = self.lanes.copy(&self.sink, &mut self.ledger, &left, self.progress)?;
+            // Much of a large reserve may never have been used: what is zero needs no copying.
+            let digests = self.scanner.digests_of(self.device, &self.ledger, &left)?.unwrap_or_default();
+            quiesced.digest = begin.elapsed();
+            let zeros = digests.iter().filter(|d| **d == ZERO_CHUNK).count();
+            quiesced.straight_bytes = ((left.len() - zeros) * CHUNK) as u64;
+            self.progress.span("digest", TRACK, begin, quiesced.digest);
+            let begin = Instant::now();
+            quiesced.copy = self.lanes.copy(&self.sink, &mut self.ledger, &left, &digests, self.progress)?;
             self.progress.span("copy straight out", TRACK, begin, quiesced.copy);
         }
         Ok(quiesced)

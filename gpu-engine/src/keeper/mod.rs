@@ -11,7 +11,10 @@
 
 mod run;
 mod start;
+mod undo;
 pub mod wire;
+mod words;
 
 pub use run::{KeeperError, run};
-pub use start::{BORROWED, Keeper, StartError, Undo, WorkerRole, lock_file, start};
+pub use start::{BORROWED, Keeper, StartError, WorkerRole, lock_file, start};
+pub use undo::Undo;

@@ -18,19 +18,19 @@ use nix::unistd::{ForkResult, Pid, fork, setsid};
 use phos_protocol::{Connection, TransportError};
 use thiserror::Error;
 
-use super::start::{BORROWED, CLEAN_UP, WorkerRole, lock_file};
+use super::start::{BORROWED, WorkerRole};
+use super::undo::{Undo, remove};
 use super::wire::{FolderBefore, Held, KeptProcess, Outcome, Packet, Phase, Wire, WireError};
+use super::words::{Word, Words};
 use crate::fault::{self, Moment};
-use crate::job::{CheckpointJob, CommandLine, Timeouts};
-use crate::{lower, privilege, processes};
+use crate::job::CheckpointJob;
+use crate::{privilege, processes};
 
 /// After so many attempts to bring the container back whoever waits is told that it does not work. The attempts go on, as
 /// long as one of its processes lives: what prevents them (a stopped process, a frozen cgroup, a full GPU) may end.
 const RECOVERIES: u32 = 3;
 /// The time between those that follow.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long the lower runtime's `delete` may take.
-const DELETE: Duration = Duration::from_secs(60);
 /// How long a worker may take to die.
 const DEATH: Duration = Duration::from_secs(10);
 
@@ -201,25 +201,30 @@ fn reap(child: &mut Child, end_it: bool) {
     }
 }
 
-/// The foreground's ends of these.
+/// The foreground: the pipe that it reads the outcome from, and what it says.
 struct Foreground<'a> {
     outcome: &'a OwnedFd,
-    alive: &'a OwnedFd,
+    words: &'a mut Words,
 }
 
 /// Waits until the worker has said something. `false`: the foreground is gone or done, and so is the need for a worker.
-fn worth_listening(wire: &Wire, Foreground { outcome, alive }: &Foreground<'_>) -> bool {
+fn worth_listening(wire: &Wire, Foreground { outcome, words }: &mut Foreground<'_>) -> bool {
     loop {
         // A pipe whose reader is gone reports an error to its writer, whatever is asked for.
         let mut fds = [
             PollFd::new(wire.0.as_fd(), PollFlags::POLLIN),
             PollFd::new(outcome.as_fd(), PollFlags::empty()),
-            PollFd::new(alive.as_fd(), PollFlags::POLLIN),
+            PollFd::new(words.as_fd(), PollFlags::POLLIN),
         ];
-        if !matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
-            let unread = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLERR));
-            // What the worker has said comes first.
-            return fds[0].any().unwrap_or(false) || !(unread || fds[2].any().unwrap_or(false));
+        if matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
+            continue;
+        }
+        let unread = fds[1].revents().is_some_and(|r| r.contains(PollFlags::POLLERR));
+        // What the worker has said comes first.
+        let said = fds[0].any().unwrap_or(false);
+        words.hear();
+        if said || unread || words.are_over() {
+            return said;
         }
     }
 }
@@ -239,7 +244,7 @@ enum Wanted {
 fn listen(
     kept: &mut Kept,
     wire: &Wire,
-    foreground: Option<Foreground<'_>>,
+    mut foreground: Option<Foreground<'_>>,
     wanted: Wanted,
 ) -> Result<(), WireError> {
     loop {
@@ -248,7 +253,7 @@ fn listen(
             Wanted::UntilDone => kept.outcome.is_none(),
             Wanted::Never => false,
         };
-        let unread = must_be_read && foreground.as_ref().is_some_and(|f| !worth_listening(wire, f));
+        let unread = must_be_read && foreground.as_mut().is_some_and(|f| !worth_listening(wire, f));
         if kept.stuck.is_some() || unread {
             return Ok(());
         }
@@ -270,17 +275,17 @@ fn inherited(word: &OsStr) -> Result<OwnedFd, KeeperError> {
 }
 
 /// The keeper's life. `args`: role, state folder, numbers of the fds of the outcome pipe, the lock and the pipe that tells
-/// who is still at work; then the lower runtime's folder of the container, and the command that deletes it.
+/// who is still at work; then how a restore is undone.
 pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
-    let [role, state_dir, outcome, lock, alive, lower_folder, delete @ ..] = args else {
+    let [role, state_dir, outcome, lock, alive, undo @ ..] = args else {
         return Err(KeeperError::Usage);
     };
     let role: WorkerRole = role.to_str().and_then(|r| r.parse().ok()).ok_or(KeeperError::Usage)?;
     let mut outcome_pipe = inherited(outcome)?;
     // Held until this process ends.
     let _lock = inherited(lock)?;
-    let alive = inherited(alive)?;
-    let delete = CommandLine::new(delete.iter().cloned());
+    let mut words = Words::new(inherited(alive)?);
+    let undo = Undo::from_words(undo).ok_or(KeeperError::Usage)?;
     // SAFETY: this process has one thread.
     if let ForkResult::Parent { .. } = unsafe { fork() }.map_err(io::Error::from)? {
         return Ok(());
@@ -297,7 +302,7 @@ pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
     let _ = fault::at(Moment::WorkerStarted);
     let wanted = if role == WorkerRole::Restore { Wanted::UntilDone } else { Wanted::UntilBegun };
     let result = {
-        let foreground = Foreground { outcome: &outcome_pipe, alive: &alive };
+        let foreground = Foreground { outcome: &outcome_pipe, words: &mut words };
         listen(&mut kept, &wire, Some(foreground), wanted)
     };
     reap(&mut child, kept.outcome.is_none());
@@ -325,9 +330,9 @@ pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
     tell(&outcome_pipe, &outcome);
     // The foreground deletes what it has begun to restore. One that was killed cannot.
     if role == WorkerRole::Restore && !came_true {
-        let word = last_word(Foreground { outcome: &outcome_pipe, alive: &alive });
-        if word.is_none_or(|w| w == CLEAN_UP) {
-            clean_up(&alive, Path::new(lower_folder), &delete, folder);
+        wait_for_last_word(&outcome_pipe, &mut words);
+        if words.last != Some(Word::Done) {
+            undo.carry_out(&mut words, folder);
         }
     }
     if folder.join(BORROWED).exists() && !is_read(&outcome_pipe) {
@@ -335,12 +340,6 @@ pub fn run(args: &[OsString]) -> Result<(), KeeperError> {
         remove(folder);
     }
     Ok(())
-}
-
-/// Removes a state folder and its lock, which this process holds.
-fn remove(state_dir: &Path) {
-    let _ = std::fs::remove_dir_all(state_dir);
-    let _ = std::fs::remove_file(lock_file(state_dir));
 }
 
 /// Says how the job ended. The foreground may be gone; then nobody reads it, and that is fine.
@@ -401,40 +400,19 @@ fn attempt(kept: &mut Kept, folder: &Path) -> Result<String, KeeperError> {
     Ok(kept.stuck.clone().unwrap_or_else(|| last_words(folder)))
 }
 
-/// Waits for the foreground's last word; `None` if it was killed.
-fn last_word(Foreground { outcome, alive }: Foreground<'_>) -> Option<u8> {
-    let said = || {
-        let mut byte = [0];
-        matches!(nix::unistd::read(alive, &mut byte), Ok(1..)).then_some(byte[0])
-    };
+/// Waits until the foreground has said its last word, or was killed.
+fn wait_for_last_word(outcome: &OwnedFd, words: &mut Words) {
     loop {
         let mut fds =
-            [PollFd::new(outcome.as_fd(), PollFlags::empty()), PollFd::new(alive.as_fd(), PollFlags::POLLIN)];
-        if !matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
-            // Its other end may be held by the lower runtime, for longer than the foreground has lived.
-            return said();
+            [PollFd::new(outcome.as_fd(), PollFlags::empty()), PollFd::new(words.as_fd(), PollFlags::POLLIN)];
+        if matches!(poll(&mut fds, PollTimeout::NONE), Err(nix::Error::EINTR)) {
+            continue;
+        }
+        // The other end of its words may be held by the lower runtime, for longer than the foreground has lived.
+        let unread = fds[0].any().unwrap_or(false);
+        words.hear();
+        if unread || words.are_over() {
+            return;
         }
     }
-}
-
-/// Deletes what a restore has begun that comes to nothing. The lower runtime may still be at work: it and everything it has
-/// started have the other end of `alive` open. `folder` is its own of this container.
-fn clean_up(alive: &OwnedFd, folder: &Path, delete: &CommandLine, state_dir: &Path) {
-    let deadline = Instant::now() + Duration::from_millis(Timeouts::default().lower_ms);
-    loop {
-        let ended = !matches!(nix::unistd::read(alive, &mut [0]), Err(nix::Error::EAGAIN))
-            || Instant::now() > deadline;
-        // In the middle of its work it has the root file system mounted in what `delete` removes.
-        if ended {
-            lower::release(folder);
-        }
-        if ended || (folder.join("state.json").exists() && !lower::is_mounted(folder)) {
-            let _ = lower::run(delete, DELETE);
-        }
-        if ended {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    remove(state_dir);
 }

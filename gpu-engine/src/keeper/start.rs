@@ -14,9 +14,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 use thiserror::Error;
 
+use super::undo::Undo;
 use super::wire::Outcome;
+use super::words::Word;
 use crate::fault::{self, Moment};
-use crate::job::CommandLine;
+use crate::lower;
 
 /// What the worker is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,15 +77,10 @@ pub struct Keeper {
     pub socket: PathBuf,
 }
 
-/// What the foreground says at its end.
-pub(super) const DONE: u8 = 1;
-/// What it says when it cannot clean up itself.
-pub(super) const CLEAN_UP: u8 = 2;
-
 impl Drop for Keeper {
     /// This process goes its own way and leaves nothing to clean up; one that is killed cannot say so.
     fn drop(&mut self) {
-        self.say(DONE);
+        self.end(Word::Done);
     }
 }
 
@@ -101,31 +98,46 @@ impl Keeper {
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n| n > 0)
     }
 
-    fn say(&mut self, word: u8) {
-        if let Some(alive) = self.alive.take() {
-            let _ = nix::unistd::write(&alive, &[word]);
+    fn say(&self, word: Word) {
+        if let Some(alive) = &self.alive {
+            let _ = nix::unistd::write(alive, &word.bytes());
         }
+    }
+
+    /// Says the last word.
+    fn end(&mut self, word: Word) {
+        self.say(word);
+        self.alive = None;
     }
 
     /// Has the keeper wait for all that a killed lower runtime has started, and delete what there is of the container.
     pub fn clean_up(&mut self) {
-        self.say(CLEAN_UP);
+        self.end(Word::CleanUp);
         let _ = self.outcome.read_to_end(&mut Vec::new());
     }
 
-    /// An fd for the lower runtime to inherit, so that the keeper knows how long it and all it has started are at work.
-    pub fn alive(&self) -> Option<BorrowedFd<'_>> {
-        self.alive.as_ref().map(AsFd::as_fd)
+    /// Has the keeper know the lower runtime, which `lower` starts, and how long it and all it has started are at work.
+    pub fn introduce(&self, lower: &mut Command) {
+        let Some(alive) = &self.alive else { return };
+        lower::inherit(lower, alive.as_fd());
+        let number = alive.as_raw_fd();
+        // SAFETY: between fork and exec only `getpid`, `signal` and `write` are called, which may be; the fd is open until then.
+        unsafe {
+            lower.pre_exec(move || {
+                let word = Word::Lower(libc::getpid()).bytes();
+                // A keeper that was killed is no reason to end like this.
+                libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+                libc::write(number, word.as_ptr().cast(), word.len());
+                libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+                Ok(())
+            })
+        };
     }
-}
 
-/// How a restore is undone that comes to nothing.
-#[derive(Debug, Default)]
-pub struct Undo {
-    /// The lower runtime's own folder of the container.
-    pub folder: PathBuf,
-    /// Its command that deletes the container by force.
-    pub delete: CommandLine,
+    /// Has the keeper know a process that the lower runtime has started.
+    pub fn tell_of(&self, pid: i32) {
+        self.say(Word::Started(pid));
+    }
 }
 
 /// Starts a keeper in a session of its own, which starts a worker for `role` that serves at
@@ -149,9 +161,7 @@ pub fn start(
         .arg("__keeper")
         .args([OsString::from(role.as_str()), state_dir.into()])
         .args([write.as_raw_fd(), lock.as_raw_fd(), watched.as_raw_fd()].map(|fd| fd.to_string()))
-        .arg(&undo.folder)
-        .arg(undo.delete.program())
-        .args(undo.delete.args())
+        .args(undo.words())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

@@ -5,33 +5,38 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::thread;
 
 use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::linkat;
 
+use super::copiers::Copiers;
 use crate::fault::{self, Access};
 
 /// Threads that have the file system make room.
 const HELPERS: usize = 4;
 /// What is received at once beyond the mapped part, bytes.
 const PIECE: usize = 1 << 20;
+/// What is shorter is copied at once, bytes: handing it over takes longer.
+const HANDED_OVER: usize = 128 << 10;
 
-/// Memory of a file, mapped for writing by the kernel alone: where it cannot be written, `recv` says so.
+/// Memory of a file, mapped for writing by the kernel alone: where it cannot be written, `read` says so.
 #[derive(Debug)]
-struct Mapping {
+pub struct Mapping {
     at: NonNull<libc::c_void>,
     bytes: usize,
 }
 
 // SAFETY: the mapping belongs to this value alone and stays where it is; nothing in it is bound to a thread.
 unsafe impl Send for Mapping {}
-// SAFETY: see `Send`; through a shared reference nothing is written.
+// SAFETY: see `Send`; the program itself has no reference to what is mapped, so that only the kernel's own writes can meet.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -50,6 +55,26 @@ impl Mapping {
         match NonNull::new(at) {
             Some(at) if at.as_ptr() != libc::MAP_FAILED => Ok(Mapping { at, bytes }),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Reads up to `bytes` bytes from `from` to `offset`. Returns how many; `EFAULT` where there is no memory for them.
+    pub fn read(&self, from: BorrowedFd<'_>, offset: usize, bytes: usize) -> io::Result<usize> {
+        if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        loop {
+            // SAFETY: the range lies inside the mapping.
+            let got = unsafe {
+                libc::read(from.as_raw_fd(), self.at.as_ptr().cast::<u8>().add(offset).cast(), bytes)
+            };
+            match usize::try_from(got) {
+                Ok(got) => return Ok(got),
+                Err(_) => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e => return Err(e),
+                },
+            }
         }
     }
 
@@ -82,11 +107,17 @@ impl Drop for Mapping {
     }
 }
 
+/// Writes zeros. A disk's file system makes room for large writes ten times faster than for pages that are touched one by one.
+fn fill(file: &File, bytes: usize) -> io::Result<()> {
+    let zeros = vec![0; PIECE];
+    (0..bytes).step_by(PIECE).try_for_each(|at| file.write_all_at(&zeros[..PIECE.min(bytes - at)], at as u64))
+}
+
 /// A file of pages that has no name yet.
 #[derive(Debug)]
 pub struct PageFile {
     file: File,
-    mapping: Option<Mapping>,
+    mapping: Option<Arc<Mapping>>,
     length: u64,
     /// Where that is received which finds no room.
     piece: Vec<u8>,
@@ -102,9 +133,12 @@ impl PageFile {
         let mapping = match usize::try_from(bytes) {
             Ok(bytes) if bytes > 0 => {
                 fallocate(&file, FallocateFlags::empty(), 0, bytes as libc::off_t)?;
+                if fstatfs(&file)?.filesystem_type() != TMPFS_MAGIC {
+                    fill(&file, bytes)?;
+                }
                 let mapping = Mapping::new(&file, bytes)?;
                 mapping.populate();
-                Some(mapping)
+                Some(Arc::new(mapping))
             }
             _ => None,
         };
@@ -121,30 +155,33 @@ impl PageFile {
         self.length
     }
 
-    /// Appends the next `bytes` that `from` sends. All of them are taken from there, also where they cannot be saved; only
-    /// what the socket itself has to say is returned as `Err` of the outer result.
-    pub fn receive(&mut self, from: &mut UnixStream, mut bytes: u64) -> io::Result<io::Result<()>> {
+    /// Appends the next `bytes` that `from` sends, with the help of `copiers`. All of them are taken from there, also where
+    /// they cannot be saved; only what the socket itself has to say is returned as `Err` of the outer result.
+    pub fn receive(
+        &mut self,
+        from: &mut UnixStream,
+        mut bytes: u64,
+        copiers: &mut Copiers,
+    ) -> io::Result<io::Result<()>> {
         let mut saved = fault::io(Access::WritePages);
         while bytes > 0 {
-            let room = self.reserved().saturating_sub(self.length).min(bytes);
+            let room = self.reserved().saturating_sub(self.length).min(bytes) as usize;
             let taken = match &self.mapping {
                 Some(mapping) if room > 0 && saved.is_ok() => {
-                    // SAFETY: `room` bytes behind `length` lie inside the mapping, which nothing else uses.
-                    let got = unsafe {
-                        let at = mapping.at.as_ptr().cast::<u8>().add(self.length as usize);
-                        libc::recv(from.as_raw_fd(), at.cast(), room as usize, 0)
+                    let offset = self.length as usize;
+                    let taken = if room >= HANDED_OVER && !copiers.is_empty() {
+                        copiers.take(from, mapping, offset, room)
+                    } else {
+                        mapping.read(from.as_fd(), offset, room)
                     };
-                    match got {
-                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                        got if got > 0 => got as u64,
-                        _ => match io::Error::last_os_error() {
-                            e if e.kind() == io::ErrorKind::Interrupted => continue,
-                            e if e.raw_os_error() == Some(libc::EFAULT) => {
-                                saved = Err(e);
-                                continue;
-                            }
-                            e => return Err(e),
-                        },
+                    match taken {
+                        Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        Ok(taken) => taken as u64,
+                        Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                            saved = Err(e);
+                            continue;
+                        }
+                        Err(e) => return Err(e),
                     }
                 }
                 _ => {
@@ -161,6 +198,11 @@ impl PageFile {
             bytes -= taken;
         }
         Ok(saved)
+    }
+
+    #[cfg(test)]
+    pub fn set_length(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
     }
 
     /// Cuts off what was not needed.

@@ -7,6 +7,7 @@
 //! CRIU lets go of the processes only when it is told that all is saved; by then all images are complete and have their names.
 //! If the receiver ends before, CRIU fails and the processes run on.
 
+mod copiers;
 mod file;
 mod protocol;
 
@@ -22,6 +23,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::statvfs::statvfs;
 use thiserror::Error;
 
+use copiers::Copiers;
 use file::PageFile;
 use protocol::{LONG, Layout, Owner, PageMap, ProtocolError, Reader, Request, Run, SHORT};
 
@@ -99,6 +101,7 @@ pub struct Receiver {
     socket: Socket,
     /// Files with room, by the process id in its own namespace.
     ready: Vec<(u64, PageFile)>,
+    copiers: Copiers,
 }
 
 /// Bytes of a process's memory that CRIU would write now.
@@ -160,7 +163,7 @@ impl Receiver {
         }
         // Whether files without a name can be made here at all.
         drop(PageFile::reserve(folder, 0)?);
-        Ok(Receiver { folder: folder.to_path_buf(), socket, ready })
+        Ok(Receiver { folder: folder.to_path_buf(), socket, ready, copiers: Copiers::start()? })
     }
 
     /// Options for CRIU, one a line.
@@ -174,6 +177,7 @@ impl Receiver {
             folder: self.folder,
             socket: self.socket.own,
             ready: self.ready,
+            copiers: self.copiers,
             open: None,
             files: 0,
             failed: None,
@@ -197,6 +201,7 @@ pub struct Server {
     folder: PathBuf,
     socket: UnixStream,
     ready: Vec<(u64, PageFile)>,
+    copiers: Copiers,
     open: Option<Open>,
     /// Page files with a name.
     files: u32,
@@ -237,6 +242,8 @@ impl Server {
                 Request::Add(run) => self.add(run, page)?,
                 Request::Close => {
                     self.end();
+                    let copied = self.copiers.finish();
+                    self.note(copied);
                     self.note(fault::io(Moment::PagesReceived));
                     self.received.complete = self.failed.is_none();
                     return Ok(self.socket.write_all(&(-i32::from(self.failed.is_some())).to_le_bytes())?);
@@ -277,7 +284,7 @@ impl Server {
         let saved = match &mut self.open {
             Some(open) => {
                 open.map.add(run);
-                open.pages.receive(&mut self.socket, bytes)?
+                open.pages.receive(&mut self.socket, bytes, &mut self.copiers)?
             }
             // It could not be opened, which is known.
             None => io::copy(&mut (&mut self.socket).take(bytes), &mut io::sink()).map(|_| Ok(()))?,

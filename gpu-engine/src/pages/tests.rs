@@ -41,13 +41,14 @@ fn content(pages: usize, seed: u8) -> Vec<u8> {
 }
 
 /// A receiver with `ready` bytes of room for process 7, and CRIU's side of it.
-fn start(folder: &Path, ready: u64) -> (Server, Criu) {
+fn start(folder: &Path, ready: u64, copiers: usize) -> (Server, Criu) {
     let mut receiver = Receiver::prepare(Socket::pair().unwrap(), folder, &[], |_| false, 0).unwrap();
     assert!(receiver.socket.far.as_raw_fd() >= FIRST_NUMBER);
     assert!(receiver.criu_options().contains(&format!("ps-socket {}\n", receiver.socket.far.as_raw_fd())));
     if ready > 0 {
         receiver.ready.push((7, PageFile::reserve(folder, ready).unwrap()));
     }
+    receiver.copiers = Copiers::with(copiers).unwrap();
     let (server, far) = receiver.split();
     (server, Criu(far.into()))
 }
@@ -61,9 +62,10 @@ fn names(folder: &Path) -> Vec<String> {
 
 #[test]
 fn pages_arrive_whether_room_was_made_or_not() {
-    for ready in [0, 2 << 20, 64 << 20] {
+    for (ready, copiers) in [(0, 3), (2 << 20, 0), (2 << 20, 3), (64 << 20, 0), (64 << 20, 1), (64 << 20, 3)]
+    {
         let folder = tempfile::tempdir().unwrap();
-        let (server, mut criu) = start(folder.path(), ready);
+        let (server, mut criu) = start(folder.path(), ready, copiers);
         let serving = thread::spawn(move || server.serve());
         let (first, second, shared) = (content(1000, 1), content(300, 2), content(5, 3));
         criu.open(7 << 8 | 1);
@@ -94,7 +96,7 @@ fn criu_is_told_in_the_end_what_could_not_be_saved() {
     let folder = tempfile::tempdir().unwrap();
     // In the way of the second file.
     fs::create_dir(folder.path().join("pages-2.img")).unwrap();
-    let (server, mut criu) = start(folder.path(), 0);
+    let (server, mut criu) = start(folder.path(), 0, 2);
     let serving = thread::spawn(move || server.serve());
     for id in [7, 8] {
         criu.open(id << 8 | 1);
@@ -107,9 +109,25 @@ fn criu_is_told_in_the_end_what_could_not_be_saved() {
 }
 
 #[test]
+fn criu_is_told_what_the_helpers_could_not_copy() {
+    for copiers in [0, 1, 3] {
+        let folder = tempfile::tempdir().unwrap();
+        let (server, mut criu) = start(folder.path(), 8 << 20, copiers);
+        // As on a file system that has lost its room.
+        server.ready[0].1.set_length(1 << 20).unwrap();
+        let serving = thread::spawn(move || server.serve());
+        criu.open(7 << 8 | 1);
+        criu.add(0x1000, &content(1500, 1), 7 << 8 | 1);
+        assert_eq!(criu.close(), -1);
+        let failed = serving.join().unwrap();
+        assert!(matches!(failed, Err(PagesError::Io(e)) if e.raw_os_error() == Some(libc::EFAULT)));
+    }
+}
+
+#[test]
 fn a_criu_that_ends_in_the_middle_leaves_nothing_complete() {
     let folder = tempfile::tempdir().unwrap();
-    let (server, mut criu) = start(folder.path(), 2 << 20);
+    let (server, mut criu) = start(folder.path(), 2 << 20, 2);
     let serving = thread::spawn(move || server.serve());
     criu.open(7 << 8 | 1);
     criu.message(6 | 4 << 16, 100, 0x1000, 7 << 8 | 1);

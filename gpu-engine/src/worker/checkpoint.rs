@@ -372,12 +372,15 @@ impl Checkpoint<'_> {
         let demand = plan::demand_by_gpu(self.subjects.iter().flat_map(Subject::owned).map(|p| &p.held));
         let bytes = demand.values().sum();
         let mut fits = plan::snapshot_fits(&demand, &self.device.gpus()?, SPARE_RESERVE);
-        if parent.is_some() {
+        if parent.is_some() || !fits {
             session.prepare_scan()?;
-            // What the parent has already needs no room.
-            let dirty = session.dirty()?;
-            let dirty = save::bytes_by_gpu(&session.ledger, &dirty);
-            fits = plan::snapshot_fits(&dirty, &self.device.gpus()?, SPARE_RESERVE);
+            // What the parent has already needs no room, nor does what is zero.
+            let (zero, others) = session.dirty_by_zero()?;
+            let others = save::bytes_by_gpu(&session.ledger, &others);
+            fits = plan::snapshot_fits(&others, &self.device.gpus()?, SPARE_RESERVE);
+            if fits {
+                session.ledger.note_zeros(&zero);
+            }
         }
         let changing = || Ok::<_, EngineError>((session.changing(WATCH)?, WATCH));
         let mut plan = plan::choose(self.job.strategy, self.job.leave_running, bytes, fits, changing)?;
@@ -389,7 +392,8 @@ impl Checkpoint<'_> {
     /// Copies while the program runs, in rounds, as long as that makes the rest smaller.
     fn precopy(&mut self, session: &mut Session<'_>) -> Result<(), EngineError> {
         session.prepare_scan()?;
-        let mut chunks = session.dirty()?;
+        let (zero, mut chunks) = session.dirty_by_zero()?;
+        session.ledger.note_zeros(&zero);
         loop {
             let (copied, time) = session.round(&chunks)?;
             self.report.precopied_bytes += copied;
@@ -430,11 +434,8 @@ impl Checkpoint<'_> {
         }
         session.prepare_scan()?;
         if plan.spare {
-            let dirty = if plan.precopy || self.job.parent.is_some() {
-                session.dirty()?
-            } else {
-                session.ledger.all()
-            };
+            let dirty =
+                if session.ledger.is_blank() { session.ledger.all() } else { session.dirty_by_zero()?.1 };
             let dirty = save::bytes_by_gpu(&session.ledger, &dirty);
             let demand = save::bytes_by_gpu(&session.ledger, &session.ledger.all());
             let wanted = plan::spare_wanted(&demand, &dirty, &self.device.gpus()?, SPARE_RESERVE);

@@ -68,6 +68,7 @@ fn attribute(data: *mut c_void, which: u32, pointer: u64) -> Result<()> {
         2 => put(data.cast::<u32>(), 2),      // MEMORY_TYPE: device
         7 => put(data.cast::<u64>(), start),  // BUFFER_ID
         9 => put(data.cast::<i32>(), 0),      // DEVICE_ORDINAL
+        10 => put(data.cast::<u8>(), 0),      // IS_LEGACY_CUDA_IPC_CAPABLE: no virtual memory is
         11 => put(data.cast::<u64>(), start), // RANGE_START_ADDR
         12 => put(data.cast::<u64>(), len),   // RANGE_SIZE
         _ => Err(INVALID_VALUE),

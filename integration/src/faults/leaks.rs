@@ -98,6 +98,14 @@ impl Inventory {
                 }
             }
         }
+        // What CRIU has for the time of a job.
+        for folder in [container.image("image"), container.image("image.work"), "/tmp".into()] {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                if entry.file_name().to_string_lossy().starts_with(".criu") {
+                    count(format!("file {}", entry.path().display()));
+                }
+            }
+        }
         let mut folders = vec![place.path("state"), place.path("root")];
         while let Some(folder) = folders.pop() {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {

@@ -196,6 +196,13 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
     for (_, action) in CRIU_ACTIONS.into_iter().enumerate().filter(|(n, _)| full || n % 2 == 1) {
         cases.push(Case { way: Way::Restore, place: Place::CriuAt(action), action: Action::Kill });
     }
+    for (n, action) in CRIU_ACTIONS.into_iter().enumerate() {
+        for (m, who) in [Action::KillForeground, Action::KillAll].into_iter().enumerate() {
+            if full || n % 3 == m {
+                cases.push(Case { way: Way::Restore, place: Place::CriuAt(action), action: who });
+            }
+        }
+    }
     // The driver gives a process up for good.
     let place = Place::Program("poison".into(), "999".into(), true);
     cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
@@ -221,7 +228,10 @@ pub fn table(rows: &[Row]) -> String {
             Place::Worker(call, ..) => format!("worker: {call}"),
             Place::Program(call, ..) => format!("program: {call}"),
             Place::Lower(_) => "lower runtime killed".into(),
-            Place::Criu(_) | Place::CriuAt(_) => "CRIU killed".into(),
+            Place::Criu(_) | Place::CriuAt(_) => match row.case.action {
+                Action::Kill => "CRIU killed".into(),
+                action => format!("CRIU killed, {action}"),
+            },
             Place::Nowhere => continue,
         };
         let outcome = row.outcome.to_string();

@@ -8,6 +8,7 @@ pub mod driver;
 pub mod leaks;
 pub mod matrix;
 pub mod run;
+pub mod wrappers;
 
 use std::fmt;
 
@@ -24,6 +25,8 @@ pub enum Action {
     Error(i32),
     /// The runtime's foreground is killed.
     KillForeground,
+    /// The foreground and the lower runtime are killed, and CRIU, which is where that is done.
+    KillAll,
     /// The engine's shim is killed, and takes the foreground with it.
     KillShim,
     /// The keeper is killed.
@@ -71,6 +74,7 @@ impl fmt::Display for Action {
             Action::Error(libc::ENOSPC) => "ENOSPC",
             Action::Error(n) => return write!(f, "error {n}"),
             Action::KillForeground => "foreground killed",
+            Action::KillAll => "foreground and lower runtime killed",
             Action::KillShim => "shim killed",
             Action::KillKeeper => "keeper killed",
             Action::RemoveImage => "image folder removed",

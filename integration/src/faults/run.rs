@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use nix::unistd::Pid;
 use phos_engine::image::Image;
 
 use super::leaks::{Inventory, others, wait_until_quiet};
+use super::wrappers::{self, When, With};
 use super::{Action, Case, Outcome, Place, Row, Way, driver};
 use crate::container::{Container, Ended, Place as Folder};
 use crate::status;
@@ -28,31 +28,6 @@ const CONFIG: &str = "drain_timeout = 3\nlock_timeout = 3\ndriver_timeout = 3\na
 /// Takes the foreground with it when it is killed.
 const SHIM: &str = "setpriv --pdeathsig KILL -- \"$0\" \"$@\"; true";
 
-/// Stands in for the lower runtime and kills it in the middle of a checkpoint or restore, if it is told to.
-fn lower_wrapper(real: &Path) -> String {
-    format!(
-        "#!/bin/sh\ncase \" $* \" in *' checkpoint '*|*' restore '*) [ -z \"$FAULT_LOWER\" ] || {{ \"{real}\" \"$@\" & p=$!; \
-         sleep $FAULT_LOWER; kill -9 $p; wait $p; exit; }} ;; esac\nexec \"{real}\" \"$@\"\n",
-        real = real.display()
-    )
-}
-
-/// Becomes CRIU, as a child of the lower runtime's, after leaving behind what kills it: after a while, or in one of the scripts
-/// that CRIU runs between its steps.
-fn criu_wrapper(real: &Path) -> String {
-    format!(
-        "#!/bin/sh\nexport FAULT_CRIU_PID=$$\n\
-         [ -z \"$FAULT_CRIU\" ] || ( (sleep $FAULT_CRIU; kill -9 $$ && : >\"$PHOS_FAULT_DIR/struck0\") 3>&- & )\n\
-         [ -z \"$FAULT_CRIU_AT\" ] || grep -q action-script \"$CRIU_CONFIG_FILE\" || \
-         echo \"action-script $0-action\" >>\"$CRIU_CONFIG_FILE\"\nexec \"{}\" \"$@\"\n",
-        real.display()
-    )
-}
-
-/// What CRIU runs between its steps.
-const CRIU_ACTION: &str = "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != \"$FAULT_CRIU_AT\" ] || \
-                           { : >\"$PHOS_FAULT_DIR/struck0\"; kill -9 $FAULT_CRIU_PID; }\n";
-
 /// A place with one container, on which faults are made.
 pub struct Bench<'a> {
     folder: &'a Folder,
@@ -62,20 +37,11 @@ pub struct Bench<'a> {
     pub restore_all: bool,
 }
 
-fn script(path: PathBuf, text: &str) -> Result<PathBuf> {
-    fs::write(&path, text)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok(path)
-}
-
 impl<'a> Bench<'a> {
     /// Prepares a place.
     pub fn new(folder: &'a Folder) -> Result<Self> {
         fs::write(folder.path("config.toml"), CONFIG)?;
-        fs::create_dir_all(folder.path("criu-wrapper"))?;
-        script(folder.path("criu-wrapper/criu"), &criu_wrapper(&folder.tools.criu))?;
-        script(folder.path("criu-wrapper/criu-action"), CRIU_ACTION)?;
-        script(folder.path("lower-wrapper"), &lower_wrapper(&folder.tools.runc))?;
+        wrappers::install(folder)?;
         Ok(Bench { folder, container: None, before: Inventory::default(), restore_all: false })
     }
 
@@ -125,22 +91,20 @@ impl<'a> Bench<'a> {
         let mut rules = Vec::new();
         let mut calls = Vec::new();
         let mut variables = vec![("PHOS_FAULT_DIR", self.faults().into_os_string())];
+        let with = match case.action {
+            Action::KillForeground => With::Foreground,
+            Action::KillAll => With::All,
+            _ => With::Nobody,
+        };
         match &case.place {
             Place::Point(name, arrival) => rules.push(format!("{name}@{arrival}={}", case.action.rule())),
             Place::Worker(call, code, always) => {
                 calls.push(format!("{call}:{}:{code}", if *always { "*" } else { "1" }));
             }
-            Place::Lower(ms) => {
-                variables.push(("PHOS_LOWER_RUNTIME", self.folder.path("lower-wrapper").into()));
-                variables.push(("FAULT_LOWER", format!("{}", f64::from(*ms) / 1e3).into()));
-            }
-            Place::Criu(ms) => {
-                variables.push(("PHOS_CRIU", self.folder.path("criu-wrapper/criu").into()));
-                variables.push(("FAULT_CRIU", format!("{}", f64::from(*ms) / 1e3).into()));
-            }
+            Place::Lower(ms) => variables.extend(wrappers::kill_lower(self.folder, *ms)),
+            Place::Criu(ms) => variables.extend(wrappers::kill_criu(self.folder, When::After(*ms), with)),
             Place::CriuAt(action) => {
-                variables.push(("PHOS_CRIU", self.folder.path("criu-wrapper/criu").into()));
-                variables.push(("FAULT_CRIU_AT", action.into()));
+                variables.extend(wrappers::kill_criu(self.folder, When::At(action), with));
             }
             Place::Nowhere | Place::Program(..) => {}
         }
@@ -198,7 +162,8 @@ impl<'a> Bench<'a> {
             driver::arm(pid, "")?;
         }
         self.folder.overlay(self.overlay(case));
-        let ended = if case.action.is_outside() { self.meddle(case) } else { self.command(case, None) };
+        let outside = case.action.is_outside() && matches!(case.place, Place::Point(..));
+        let ended = if outside { self.meddle(case) } else { self.command(case, None) };
         // What is done from outside may still wait to be let go.
         fs::write(self.faults().join("go"), "")?;
         self.folder.overlay([]);
@@ -227,6 +192,7 @@ impl<'a> Bench<'a> {
         let logged = self.container()?.last_error().unwrap_or_default();
         let silent = matches!(case.place, Place::Criu(_) | Place::CriuAt(_))
             && case.way == Way::Restore
+            && case.action == Action::Kill
             && ended.status != 0
             && (logged.is_empty() || logged.contains('\n'));
         let outcome = match self.judge(case, &ended, &mut leaked) {

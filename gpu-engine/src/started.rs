@@ -14,7 +14,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use phos_engine::{lower, processes};
+
+use crate::{lower, processes};
 
 /// How often there is a look. Processes take longer until they no longer hold the lower runtime's socket.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -33,6 +34,8 @@ pub struct Started {
     looked: Option<Instant>,
     /// CRIU and the container's first process, by their start times.
     seen: BTreeMap<i32, u64>,
+    /// Those of them that [`Started::fresh`] has not given out.
+    fresh: Vec<i32>,
     cgroups: BTreeSet<PathBuf>,
     killed: Option<Instant>,
 }
@@ -54,9 +57,24 @@ fn home(pid: &str) -> (String, PathBuf) {
 
 impl Started {
     /// Nothing yet.
-    pub fn new() -> Self {
-        let (seen, cgroups) = (BTreeMap::new(), BTreeSet::new());
-        Started { begun: SystemTime::now(), looked: None, seen, cgroups, killed: None }
+    pub fn nothing() -> Self {
+        let (seen, fresh, cgroups) = (BTreeMap::new(), Vec::new(), BTreeSet::new());
+        Started { begun: SystemTime::now(), looked: None, seen, fresh, cgroups, killed: None }
+    }
+
+    /// Notes a process that belongs to it.
+    pub fn note(&mut self, pid: i32) {
+        if let Some(process) = processes::describe(pid)
+            && self.seen.insert(pid, process.start_time).is_none()
+        {
+            self.fresh.push(pid);
+            self.cgroups.extend(processes::cgroups_beyond_own(pid));
+        }
+    }
+
+    /// What was noted since this was asked for last.
+    pub fn fresh(&mut self) -> Vec<i32> {
+        std::mem::take(&mut self.fresh)
     }
 
     /// Notes what the lower runtime, process `lower`, has started. `true`: CRIU was killed, and the lower runtime waits for it
@@ -75,11 +93,7 @@ impl Started {
                 match processes::describe(child) {
                     None => killed |= ended_by_signal(child),
                     Some(_) if home(&child.to_string()) == own => tools.push(child),
-                    Some(process) => {
-                        if self.seen.insert(child, process.start_time).is_none() {
-                            self.cgroups.extend(processes::cgroups_beyond_own(child));
-                        }
-                    }
+                    Some(_) => self.note(child),
                 }
             }
         }
@@ -125,9 +139,11 @@ impl Started {
     }
 
     /// Removes all that is left of a restore that has come to nothing, once its lower runtime is gone. `work` is CRIU's working
-    /// folder, `log` its log there.
-    pub fn clear(&self, work: &Path, log: &str) {
+    /// folder.
+    pub fn clear(&self, work: &Path) {
         self.end();
+        let log = fs::read(work.join("restore.log")).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
         for cgroup in &self.cgroups {
             remove_cgroup(cgroup, Instant::now() + GRACE);
         }
@@ -211,7 +227,7 @@ mod tests {
     #[test]
     fn what_shares_this_programs_cgroup_and_namespace_is_no_ones_container() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
-        let mut started = Started::new();
+        let mut started = Started::nothing();
         assert!(!started.look(std::process::id() as i32));
         started.end();
         assert!(started.seen.is_empty() && child.try_wait().unwrap().is_none());
