@@ -26,6 +26,9 @@ use folder::{descriptor, seqpacket};
 
 /// How long the library may take to answer what needs no GPU work.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long it may take to fault in memory for the driver (`prefault.rs` of the library): half a GiB, which a host that gives
+/// its guests memory only when they touch it may take many seconds for. Nothing stands still meanwhile.
+const READY: Duration = Duration::from_secs(60);
 /// How long a whole table may take.
 const TABLE: Duration = Duration::from_secs(20);
 /// How much longer attaching may take for each allocation.
@@ -207,6 +210,13 @@ impl Library {
             }
             other => Err(self.unexpected(&other)),
         }
+    }
+
+    /// Waits until the process has done what it does beforehand once its table has been asked for.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        self.timeout(READY)?;
+        self.query()?;
+        self.timeout(ANSWER)
     }
 
     /// The table's changes since generation `since`; the application runs on.

@@ -429,7 +429,7 @@ impl Checkpoint<'_> {
         // part of the pause.
         for subject in &self.subjects {
             if let Some(library) = &subject.library {
-                library.query().map_err(|e| subject.kept.peer_error(e))?;
+                library.wait_until_ready().map_err(|e| subject.kept.peer_error(e))?;
             }
         }
         session.prepare_scan()?;
