@@ -183,8 +183,11 @@ fn what_is_loaded_is_what_was_saved_or_it_is_refused() {
     for piece in [CHUNK, 3 * CHUNK, 8 << 20] {
         assert!(loaded(device.as_ref(), folder.path(), Tuning { lanes: 3, piece }).unwrap() == expected);
     }
-    // One bit anywhere, and nothing is handed on.
-    for file in [0, 1].map(|n| folder.path().join(data_file(n))) {
+    // One bit anywhere, and nothing is handed on. One of the two threads may have come too late for any work.
+    let files = [0, 1].map(|n| folder.path().join(data_file(n)));
+    let written: Vec<_> = files.into_iter().filter(|f| fs::metadata(f).unwrap().len() > 0).collect();
+    assert!(!written.is_empty());
+    for file in written {
         let good = fs::read(&file).unwrap();
         for at in [0, good.len() / 2, good.len() - 1] {
             let mut bad = good.clone();
