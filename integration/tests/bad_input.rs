@@ -193,15 +193,22 @@ fn restores(tools: &Tools) -> Result<()> {
     again(&place, &|container| {
         let (good, bad) = (container.image("good"), container.image("bad"));
         // One byte in every file of the GPU image. Each time, the image is otherwise whole.
+        let mut changed = 0;
         for name in ["phos-gpu-0.img", "phos-gpu-1.img", "phos-chunks.idx"] {
             copy(&good, &bad)?;
             let path = bad.join(name);
             let mut bytes = fs::read(&path)?;
+            // One of the two threads that copy may have come too late for any work.
+            if bytes.is_empty() {
+                continue;
+            }
+            changed += 1;
             let at = bytes.len() / 2;
             bytes[at] ^= 1;
             fs::write(&path, bytes)?;
             no_restore(container, "bad", &["damaged"])?;
         }
+        ensure!(changed >= 2, "{changed} files were changed");
         let text = fs::read_to_string(good.join("phos.json"))?;
         for (from, to, words) in [
             ("\"version\": 1", "\"version\": 7", "format version 7"),
