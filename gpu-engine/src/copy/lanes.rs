@@ -170,15 +170,20 @@ fn zeros(chunks: &[ChunkRef], digests: &[Digest]) -> Vec<ChunkRef> {
 
 /// The batches without the chunks whose digests say that they are zero.
 fn without_zeros(batches: &[Batch], digests: &[Digest]) -> Vec<Batch> {
-    let is_zero = |n: usize| digests.get(n) == Some(&ZERO_CHUNK);
+    let is_zero = |digest: &Digest| *digest == ZERO_CHUNK;
     let mut rest = Vec::with_capacity(batches.len());
     for batch in batches {
-        let numbers: Vec<usize> = (0..batch.count).collect();
-        for run in numbers.chunk_by(|a, b| is_zero(batch.first + a) == is_zero(batch.first + b)) {
-            if !is_zero(batch.first + run[0]) {
-                let (first, address) = (batch.first + run[0], batch.address + (run[0] * CHUNK) as u64);
+        let Some(known) = digests.get(batch.first..batch.first + batch.count) else {
+            rest.push(*batch);
+            continue;
+        };
+        let mut done = 0;
+        for run in known.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            if !is_zero(&run[0]) {
+                let (first, address) = (batch.first + done, batch.address + (done * CHUNK) as u64);
                 rest.push(Batch { gpu: batch.gpu, address, first, count: run.len() });
             }
+            done += run.len();
         }
     }
     rest
