@@ -359,6 +359,15 @@ impl Side<'_> {
     }
 }
 
+impl Drop for Side<'_> {
+    /// The container's own end looks for it in another root.
+    fn drop(&mut self) {
+        let root = format!("{}/root", self.dir.display());
+        let words = ["--root", &root, "delete", "--force", &self.container.id];
+        let _ = self.container.place.command(&self.container.runtime, &words, false);
+    }
+}
+
 /// The two runtimes' answers, which must be the same, and of which at least `good` must be no errors.
 fn compare(place: &Place, args: &[&str], lines: &[Line], global: &[&str], good: usize) -> Result<()> {
     let tools = &place.tools;
