@@ -14,6 +14,7 @@ pub mod pages;
 pub mod peer;
 pub mod plan;
 pub mod privilege;
+pub mod probes;
 pub mod processes;
 pub mod progress;
 pub mod service;

@@ -14,14 +14,19 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
 use thiserror::Error;
 
 use crate::job::CommandLine;
+use crate::processes;
 use crate::service::LowerOutput;
+use crate::started::Started;
 
 /// Most bytes of each output stream that are kept for the person who asked.
 const OUTPUT_LIMIT: u64 = 64 * 1024;
+
+/// How often there is a look at what the lower runtime does.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Why the lower runtime gave no result.
 #[derive(Debug, Error)]
@@ -119,6 +124,13 @@ fn end_group(group: i32, deadline: Instant) {
     }
 }
 
+/// What has come from an ended process of a child's process group to this process, a child subreaper.
+fn orphans(group: i32) -> Vec<i32> {
+    let mut found = processes::children(std::process::id() as i32);
+    found.retain(|pid| *pid != group && getpgid(Some(Pid::from_raw(*pid))) == Ok(Pid::from_raw(group)));
+    found
+}
+
 /// What a command gets besides its words.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Extra<'a> {
@@ -164,6 +176,8 @@ pub fn run_with(command: &CommandLine, limit: Duration, extra: Extra<'_>) -> Res
     let stderr = child.stderr.take().map(collect);
     let deadline = Instant::now() + limit;
     let mut pause = Duration::from_micros(200);
+    let group = child.id() as i32;
+    let (mut started, mut looked) = (Started::nothing(), Instant::now());
     let status = loop {
         match child.try_wait() {
             Ok(Some(status)) => break status,
@@ -171,17 +185,25 @@ pub fn run_with(command: &CommandLine, limit: Duration, extra: Extra<'_>) -> Res
             Ok(None) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                end_group(child.id() as i32, Instant::now());
+                end_group(group, Instant::now());
                 return Err(LowerError::Timeout { program: name, seconds: limit.as_secs() });
             }
             Err(source) => return Err(LowerError::Start { program: name, source }),
+        }
+        if looked.elapsed() > LOOK {
+            looked = Instant::now();
+            if started.look(group) {
+                // It waits for a CRIU that was killed. Without what that has left it notices, and fails.
+                orphans(group).into_iter().for_each(|pid| started.note(pid));
+                started.end();
+            }
         }
         thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(2));
     };
     if !status.success() {
         // It may have been killed and CRIU not: nobody may touch the processes while that is at work.
-        end_group(child.id() as i32, deadline);
+        end_group(group, deadline);
     }
     let output =
         |thread: Option<thread::JoinHandle<Vec<u8>>>| thread.and_then(|t| t.join().ok()).unwrap_or_default();

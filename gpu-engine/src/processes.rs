@@ -1,5 +1,6 @@
 //! Which processes a container has, and which of them may use a GPU.
 
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -87,8 +88,26 @@ pub fn children(pid: i32) -> Vec<i32> {
     found
 }
 
-/// `init` and its descendants, for containers that share their cgroup with others (rootless without delegation).
-fn descendants(init: i32) -> Vec<i32> {
+/// The processes that have the writing end of a pipe open, this one among them.
+pub fn writing_to(pipe: BorrowedFd<'_>) -> Vec<i32> {
+    let Ok(link) = fs::read_link(format!("/proc/self/fd/{}", pipe.as_raw_fd())) else { return Vec::new() };
+    let writes = |fd: fs::DirEntry| {
+        let info = fd.path().to_string_lossy().replacen("/fd/", "/fdinfo/", 1);
+        let info = fs::read_to_string(info).unwrap_or_default();
+        let flags = info.lines().find_map(|l| i32::from_str_radix(l.strip_prefix("flags:")?.trim(), 8).ok());
+        flags.is_some_and(|f| f & libc::O_ACCMODE == libc::O_WRONLY)
+    };
+    let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
+    let pids = names.filter_map(|n| n.to_str()?.parse::<i32>().ok());
+    let has_it = |pid: &i32| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.filter(|e| fs::read_link(e.path()).is_ok_and(|l| l == link)).any(writes)
+    };
+    pids.filter(has_it).collect()
+}
+
+/// A process and its descendants: also a container's, where it shares its cgroup with others (rootless without delegation).
+pub fn descendants(init: i32) -> Vec<i32> {
     let mut found = vec![init];
     let mut next = 0;
     while next < found.len() {

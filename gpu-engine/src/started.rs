@@ -1,8 +1,8 @@
-//! What the lower runtime has started for a restore, and what is left of it when CRIU is killed in the middle.
+//! What the lower runtime has started, and what is left of it when CRIU is killed in the middle.
 //!
 //! CRIU takes down what it has built when it fails. One that is killed cannot: the processes that it was building wait for it
-//! for ever, with the socket open over which the lower runtime waits for CRIU's answer; cgroup mounts stay in CRIU's working
-//! folder, and an empty folder in `/tmp`.
+//! for ever, with the socket open over which the lower runtime waits for CRIU's answer, and so does one that it has started to
+//! see what `ptrace` can do; cgroup mounts stay in CRIU's working folder, and folders in `/tmp`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{lower, processes};
+use crate::{lower, probes, processes};
 
 /// How often there is a look. Processes take longer until they no longer hold the lower runtime's socket.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -86,18 +86,30 @@ impl Started {
         let own = home("self");
         // The lower runtime may be started by a wrapper of its own.
         let mut tools = vec![lower];
-        let mut killed = false;
+        let (mut killed, mut left) = (false, Vec::new());
         while let Some(tool) = tools.pop() {
+            let (mut was_killed, mut at_work) = (false, Vec::new());
             for child in processes::children(tool) {
                 match processes::describe(child) {
-                    None => killed |= ended_by_signal(child),
-                    Some(_) if home(&child.to_string()) == own => tools.push(child),
+                    None => was_killed |= ended_by_signal(child),
+                    Some(_) if home(&child.to_string()) == own => at_work.push(child),
                     Some(_) => self.note(child),
                 }
             }
+            // A killed CRIU's own helpers have come to its parent, if that is a subreaper.
+            if was_killed {
+                left.append(&mut at_work)
+            } else {
+                tools.append(&mut at_work)
+            }
+            killed |= was_killed;
         }
         self.killed = self.killed.or(Some(Instant::now())).filter(|_| killed);
-        self.killed.is_some_and(|since| since.elapsed() > GRACE)
+        let in_vain = self.killed.is_some_and(|since| since.elapsed() > GRACE);
+        if in_vain {
+            left.into_iter().for_each(|pid| self.note(pid));
+        }
+        in_vain
     }
 
     /// Of what was seen, and of what has come from that, all that lives.
@@ -157,6 +169,7 @@ impl Started {
         if let Some(name) = log.lines().find_map(mounts) {
             let _ = fs::remove_dir(Path::new("/tmp").join(name));
         }
+        probes::clear(self.begun);
     }
 }
 

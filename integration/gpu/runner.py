@@ -9,6 +9,7 @@ Python, but no packages. Results are JSON lines in the form that integration/res
   runner.py endurance                            PyTorch through --cycles leave-running checkpoints and a quarter as many stops
   runner.py podman                               PyTorch under Podman: checkpointed running, in place, restored
   runner.py killed                               the worker killed at --count points of a checkpoint: the program goes on
+  runner.py faults                               the project's own CUDA program in three containers, faults for --seconds
   runner.py sample                               the project's own CUDA program: demo, then a soak of --cycles cycles
   runner.py copy                                 the copy pipeline by itself: digests, snapshot, rates to tmpfs and disk
 
@@ -355,6 +356,29 @@ def sample(args):
         rows.extend(dict(json.loads(line), driver=GPU["driver"]) for line in done.stdout.splitlines())
 
 
+def faults(args):
+    """Three containers at a time, faults at random times; the program is built with the places where they are made."""
+    import endurance
+
+    built = f"{WORK}/faults"
+    shutil.copytree(BIN, built)
+    os.replace(f"{built}/phos-runc-faults", f"{built}/phos-runc")
+    env = dict(ENV, PHOS_COMMIT=COMMIT, PHOS_DEVICE=GPU["name"], TMPDIR=WORK)
+    before = endurance.gpu_used()
+    words = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child", "--", f"{BIN}/sandbox-init", f"{built}/fault-soak"]
+    with open(os.path.join(OUT, "faults.log"), "w") as told:
+        done = subprocess.run([*words, str(args.seconds), str(args.seed)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=told, text=True, timeout=args.seconds + 200)
+    rows.extend(dict(json.loads(line), driver=GPU["driver"]) for line in done.stdout.splitlines())
+    time.sleep(2)
+    result("soak", "sample-faults", "phos-runc", "gpu_growth_bytes", endurance.gpu_used() - before, note="after all containers are gone")
+    with open(os.path.join(OUT, "faults.log")) as told:
+        lines = told.read().splitlines()
+    log("\n".join(line for line in lines[-4000:] if "WRONG" in line or "LOST" in line or "not reached" not in line and " s  " in line)[-6000:])
+    if done.returncode:
+        raise RuntimeError("\n".join(lines[-12:]))
+
+
 def copy(args):
     """The copy pipeline by itself."""
     folders = f"{WORK}/copy", os.path.join(args.disk, "phos-copy")
@@ -394,13 +418,15 @@ def killed(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "copy", "overhead", "endurance", "killed", "podman", "driver"])
+    parser.add_argument("what", choices=["torch", "models", "matrix", "sample", "faults", "copy", "overhead", "endurance", "killed", "podman", "driver"])
     parser.add_argument("--gb", type=float, action="append")
     parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument("--mode", action="append", choices=list(MATRIX))
     parser.add_argument("--disk", default="/var/tmp", help="a folder on a disk")
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--cycles", type=int, default=50)
+    parser.add_argument("--seconds", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=3)
     parser.add_argument("--load", action="append", choices=["llama13b-infer", "resnet-train", "torch-2g", "calls"])
     parser.add_argument("--plain", action="store_true")

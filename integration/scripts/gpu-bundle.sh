@@ -8,12 +8,14 @@ integration/scripts/setup.sh engines
 [ -d .tools/trixie ] || { echo "gpu-bundle: needs the CRIU that setup.sh fetches; this machine has its own" >&2; exit 1; }
 cargo build --release --quiet -p phos-runc -p phos-shim -p phos-hooks -p phos-sample
 cargo build --release --quiet -p simcuda
-cargo build --release --quiet -p phos-integration --bin copy-bench --bin demo --bin soak --bin sandbox-init
+cargo build --release --quiet -p phos-integration --bin copy-bench --bin demo --bin soak --bin fault-soak --bin sandbox-init
+cargo build --profile faults --quiet -p phos-runc
 bundle=.bundle
 rm -rf "$bundle"
 mkdir -p "$bundle"/{bin,lib,criu,workloads}
 install -m 755 target/release/phos-runc target/release/libphos.so target/release/phos-hook "$bundle/bin/"
-install -m 755 target/release/{phos-sample,copy-bench,demo,soak,sandbox-init,libsimcuda.so} "$bundle/bin/"
+install -m 755 target/faults/phos-runc "$bundle/bin/phos-runc-faults"
+install -m 755 target/release/{phos-sample,copy-bench,demo,soak,fault-soak,sandbox-init,libsimcuda.so} "$bundle/bin/"
 install -m 755 "$(command -v busybox)" "$bundle/bin/"
 install -m 755 .tools/trixie/usr/sbin/runc "$bundle/bin/"
 lib=.tools/trixie/usr/lib/x86_64-linux-gnu

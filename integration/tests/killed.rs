@@ -3,12 +3,14 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use phos_integration::container::Place;
+use phos_integration::container::{Ended, Place};
 use phos_integration::processes::{process_with, wait_until};
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
@@ -157,4 +159,52 @@ fn twice(tools: &Tools) -> Result<()> {
 #[test]
 fn a_second_checkpoint_at_the_same_time_is_refused() {
     sandboxed("a_second_checkpoint_at_the_same_time_is_refused", |tools| twice(tools).unwrap());
+}
+
+/// A CRIU that is killed and leaves a process of its own behind, with everything open that it had, and a tmpfs: as it does when it
+/// has just begun to look at the kernel.
+fn probing(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let (path, probe) = (place.path("killed/criu"), Path::new("/tmp/.criu.move_mount_set_group.aaaaaa"));
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in *' swrk '*) mkdir {probe}; mount -t tmpfs none {probe}; sleep 1000 & kill -9 $$ ;; esac\nexec {} \"$@\"\n",
+        tools.criu.display(),
+        probe = probe.display(),
+    );
+    fs::create_dir(place.path("killed"))?;
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let container = place.sample(&["--mib", "16"])?;
+    container.start()?;
+    container.steps(3)?;
+    container.checkpoint("image", true)?;
+    let failing = |command: &dyn Fn() -> Result<Ended>, what: &str| {
+        let begun = Instant::now();
+        place.overlay([("PHOS_CRIU", path.clone().into())]);
+        let ended = command();
+        place.overlay([]);
+        let ended = ended?;
+        ensure!(
+            ended.status == 1 && begun.elapsed() < Duration::from_secs(20),
+            "{what}: {ended:?} after {:?}",
+            begun.elapsed()
+        );
+        ensure!(!probe.exists(), "{what} left a folder behind");
+        ensure!(process_with(&["sleep", "1000"]).is_none(), "{what} left a process behind");
+        anyhow::Ok(())
+    };
+    failing(&|| container.try_checkpoint("other", true), "checkpoint")?;
+    container.steps(3)?;
+    ensure!(!container.image("other").join("phos.json").exists(), "no partial image");
+    container.verb("delete", &["--force"])?;
+    failing(&|| container.try_restore("image"), "restore")?;
+    fs::write(container.status_file(), "")?;
+    container.restore("image")?;
+    container.steps(3)?;
+    Ok(())
+}
+
+#[test]
+fn what_a_killed_criu_leaves_is_ended_and_removed() {
+    sandboxed("what_a_killed_criu_leaves_is_ended_and_removed", |tools| probing(tools).unwrap());
 }

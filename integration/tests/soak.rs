@@ -8,6 +8,7 @@ use std::env;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use phos_integration::bundle::Gpu;
 use phos_integration::faults::soak::{self, Length};
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
@@ -25,7 +26,9 @@ fn soak(tools: &Tools) -> Result<()> {
     let seed = given("PHOS_SOAK_SEED")?.unwrap_or_else(now);
     let length = given("PHOS_SOAK_CYCLES")?.map_or(Length::Time(TIME), |n| Length::Events(n as usize));
     eprintln!("PHOS_SOAK_SEED={seed}");
-    let done = soak::run(tools, seed, length).with_context(|| format!("PHOS_SOAK_SEED={seed}"))?;
+    let done =
+        soak::run(tools, &Gpu::Simulated, seed, length).with_context(|| format!("PHOS_SOAK_SEED={seed}"))?;
+    ensure!(done.wrong.is_empty(), "PHOS_SOAK_SEED={seed}: {}", done.wrong.join("\n"));
     eprintln!("{done:?}, nothing lost, nothing left");
     // Otherwise it tries nothing.
     ensure!(done.events < 20 || (done.struck > 4 && done.restored > 1), "{done:?}");

@@ -287,6 +287,7 @@ fn wait_for_init(
         started.fresh().into_iter().for_each(|pid| keeper.tell_of(pid));
         if in_vain {
             // What CRIU has left has the lower runtime wait for it. Without it, that fails and cleans up after itself.
+            keeper.strays().into_iter().for_each(|pid| started.note(pid));
             started.end();
         }
         if Instant::now() > deadline {

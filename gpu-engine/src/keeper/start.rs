@@ -18,7 +18,7 @@ use super::undo::Undo;
 use super::wire::Outcome;
 use super::words::Word;
 use crate::fault::{self, Moment};
-use crate::lower;
+use crate::{lower, processes};
 
 /// What the worker is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,6 +132,15 @@ impl Keeper {
                 Ok(())
             })
         };
+    }
+
+    /// What the lower runtime has started and is not its own any more.
+    pub fn strays(&self) -> Vec<i32> {
+        let mut found =
+            self.alive.as_ref().map(|pipe| processes::writing_to(pipe.as_fd())).unwrap_or_default();
+        let own = processes::descendants(std::process::id() as i32);
+        found.retain(|pid| !own.contains(pid));
+        found
     }
 
     /// Has the keeper know a process that the lower runtime has started.

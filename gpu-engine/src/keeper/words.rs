@@ -3,8 +3,7 @@
 //! One pipe is for that. The lower runtime has its other end open too, and so has all that this one starts: it is at its end
 //! only when none of them is at work any more.
 
-use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -117,30 +116,18 @@ impl Words {
 
     /// Looks at what the lower runtime and CRIU do. `true`: what is at work waits for one of them, which was killed.
     pub(super) fn waits_in_vain(&mut self) -> bool {
-        if let Some(lower) = self.lower() {
-            return self.started.look(lower);
-        }
-        let gone = self.gone.get_or_insert_with(Instant::now);
-        let in_vain = gone.elapsed() > GRACE;
+        let lower = self.lower();
+        let in_vain = match lower {
+            Some(lower) => self.started.look(lower),
+            None => self.gone.get_or_insert_with(Instant::now).elapsed() > GRACE,
+        };
         if in_vain {
-            self.others().into_iter().for_each(|pid| self.started.note(pid));
+            let at_work = lower.map(processes::descendants).unwrap_or_default();
+            let mut others = processes::writing_to(self.pipe.as_fd());
+            others.retain(|pid| !at_work.contains(pid));
+            others.into_iter().for_each(|pid| self.started.note(pid));
         }
         in_vain
-    }
-
-    /// The processes that have the pipe's other end.
-    fn others(&self) -> Vec<i32> {
-        let Ok(pipe) = fs::read_link(format!("/proc/self/fd/{}", self.pipe.as_raw_fd())) else {
-            return Vec::new();
-        };
-        let names = fs::read_dir("/proc").into_iter().flatten().flatten().map(|e| e.file_name());
-        let pids = names.filter_map(|n| n.to_str()?.parse::<i32>().ok());
-        let has_it = |pid: &i32| {
-            let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-            *pid != std::process::id() as i32
-                && open.filter_map(|e| fs::read_link(e.path()).ok()).any(|l| l == pipe)
-        };
-        pids.filter(has_it).collect()
     }
 }
 

@@ -26,7 +26,7 @@ mod without_room;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::folder::ImageFolder;
 use super::freeze;
@@ -46,6 +46,7 @@ use crate::lower;
 use crate::pages::{Received, Socket};
 use crate::peer::ControlDir;
 use crate::plan::{self, CopyPlan};
+use crate::probes;
 use crate::processes;
 use crate::progress::{Progress, State};
 use crate::service::LowerOutput;
@@ -127,6 +128,7 @@ pub fn run(
         socket,
         received: None,
     };
+    let begun = SystemTime::now();
     let result = match checkpoint.run() {
         // Whatever has gone wrong then is what came of that. What the lower runtime says, it says itself.
         Err(e) if !checkpoint.first_lives() && !matches!(e, EngineError::LowerFailed(_)) => {
@@ -134,6 +136,9 @@ pub fn run(
         }
         result => result,
     };
+    if result.is_err() {
+        probes::clear(begun);
+    }
     let Checkpoint { mut report, mut lower, .. } = checkpoint;
     // Only where it is all there is to say does the lower runtime speak for itself.
     if !matches!(result, Err(EngineError::LowerFailed(status)) if status < 128) {

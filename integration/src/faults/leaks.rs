@@ -98,8 +98,11 @@ impl Inventory {
         for line in text("/proc/self/mountinfo").lines() {
             count(format!("mount {}", kind(line.split(' ').nth(4).unwrap_or_default())));
         }
-        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
-            for group in fs::read_dir(hierarchy.path()).into_iter().flatten().flatten() {
+        // On the unified hierarchy they are there at once.
+        let root = Path::new("/sys/fs/cgroup");
+        let hierarchies = fs::read_dir(root).into_iter().flatten().flatten().map(|e| e.path());
+        for hierarchy in hierarchies.chain([root.to_path_buf()]) {
+            for group in fs::read_dir(hierarchy).into_iter().flatten().flatten() {
                 let name = group.file_name();
                 if group.path().is_dir() && name.to_string_lossy().starts_with(&unique) {
                     count("cgroup".into());
