@@ -18,6 +18,7 @@ Standard library only. Everything it makes lies below /run/phos-bench and is rem
 import argparse
 import datetime
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ import sys
 import time
 
 from compare import identical
-from harness import BIN, COMMIT, ENV, GPU, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown, touch
+from harness import BIN, COMMIT, ENV, GPU, HERE, OUT, PYTHON, WORK, Container, Driver, criu_bytes, log, longest_gap, result, rows, run, serve_driver, setup, show_logs, teardown, touch
 
 
 def rate(steps, begin, end):
@@ -362,7 +363,8 @@ def faults(args):
 
     built = f"{WORK}/faults"
     shutil.copytree(BIN, built)
-    os.replace(f"{built}/phos-runc-faults", f"{built}/phos-runc")
+    with lzma.open(f"{HERE}/phos-runc-faults.xz") as packed, open(f"{built}/phos-runc", "wb") as program:
+        shutil.copyfileobj(packed, program)
     env = dict(ENV, PHOS_COMMIT=COMMIT, PHOS_DEVICE=GPU["name"], TMPDIR=WORK)
     before = endurance.gpu_used()
     words = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child", "--", f"{BIN}/sandbox-init", f"{built}/fault-soak"]

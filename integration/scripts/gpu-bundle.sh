@@ -14,7 +14,9 @@ bundle=.bundle
 rm -rf "$bundle"
 mkdir -p "$bundle"/{bin,lib,criu,workloads}
 install -m 755 target/release/phos-runc target/release/libphos.so target/release/phos-hook "$bundle/bin/"
-install -m 755 target/faults/phos-runc "$bundle/bin/phos-runc-faults"
+# Packed: it is for one kind of run only.
+strip -o "$bundle/phos-runc-faults" target/faults/phos-runc
+xz -9 "$bundle/phos-runc-faults"
 install -m 755 target/release/{phos-sample,copy-bench,demo,soak,fault-soak,sandbox-init,libsimcuda.so} "$bundle/bin/"
 install -m 755 "$(command -v busybox)" "$bundle/bin/"
 install -m 755 .tools/trixie/usr/sbin/runc "$bundle/bin/"
