@@ -105,7 +105,7 @@ impl Inventory {
             for group in fs::read_dir(hierarchy).into_iter().flatten().flatten() {
                 let name = group.file_name();
                 if group.path().is_dir() && name.to_string_lossy().starts_with(&unique) {
-                    count("cgroup".into());
+                    count(format!("cgroup {}", kind(&group.path().to_string_lossy())));
                 }
             }
         }

@@ -1,9 +1,9 @@
 //! Several containers at the same time, each of which goes through one event after the other that a seed has chosen: a checkpoint,
 //! a stop and restore, a fault. Events of one round happen at the same time; what came of them is looked at when all is quiet.
 
-use std::fmt;
-use std::thread;
+use std::path::Path;
 use std::time::{Duration, Instant};
+use std::{fmt, fs, thread};
 
 use anyhow::{Context, Result, ensure};
 
@@ -13,6 +13,7 @@ use super::run::Bench;
 use super::{Action, Case, Outcome, Place, Row, Way};
 use crate::bundle::Gpu;
 use crate::container::Place as Folder;
+use crate::processes::wait_until;
 use crate::tools::Tools;
 
 /// Containers.
@@ -156,10 +157,16 @@ fn round(benches: &mut [Bench<'_>], events: &[Event]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Removes the containers. Nothing is left of them.
+/// Has the programs end and removes the containers. Nothing is left of them.
 fn finish(benches: Vec<Bench<'_>>, places: &[Folder], before: &[Inventory]) -> Result<()> {
     for bench in &benches {
-        bench.container()?.verb("delete", &["--force"])?;
+        // By itself: the lower runtime's `delete --force` does not wait for the last thread of one that a driver is taking down, and
+        // leaves its cgroup.
+        let container = bench.container()?;
+        let pid = container.pid()?;
+        fs::write(container.bundle.out.join("stop"), "")?;
+        wait_until("the program's end", || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()))?;
+        container.verb("delete", &[])?;
     }
     let mut left = wait_until_quiet(QUIET);
     for (place, before) in places.iter().zip(before) {
