@@ -1,6 +1,5 @@
 //! `checkpoint`: hands the work to a keeper and its worker, and tells the engine how it ended.
 
-use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -21,7 +20,7 @@ use crate::args::{Args, TRACE};
 use crate::config::{Config, find_criu};
 use crate::context::Context;
 use crate::lower::State;
-use crate::state::{StateDir, read_spec};
+use crate::state::{Lock, StateDir, read_spec};
 use crate::{criu_log, log, privilege, progress, trace};
 
 /// How long a worker may take until it can be spoken to. It does not touch the GPU before that.
@@ -176,7 +175,7 @@ fn with_state(
     own_state: bool,
     container: &State,
     asked: Asked,
-    lock: &File,
+    lock: &Lock,
 ) -> Result<i32> {
     let args = &run.args;
     let id = args.id().unwrap_or_default();
@@ -248,7 +247,7 @@ fn with_state(
 fn carry_out(
     state: &StateDir,
     job: &CheckpointJob,
-    lock: &File,
+    lock: &Lock,
 ) -> Result<(Result<CheckpointReport>, LowerOutput)> {
     let mut keeper = keeper::start(WorkerRole::Checkpoint, &state.path, lock.as_fd(), &Undo::default())?;
     let answer = block_on(async {

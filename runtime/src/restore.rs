@@ -1,6 +1,5 @@
 //! `restore`: the GPU's memory is loaded while the lower runtime rebuilds the processes.
 
-use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -24,7 +23,7 @@ use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
-use crate::state::{StateDir, lower_folder, read_spec, write_spec};
+use crate::state::{Lock, StateDir, lower_folder, read_spec, write_spec};
 use crate::{criu_log, log, privilege, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
@@ -61,7 +60,7 @@ pub fn run(run: &Context) -> Result<i32> {
     result
 }
 
-fn with_state(run: &Context, state: &StateDir, lock: &File, image: &Image, path: &Path) -> Result<i32> {
+fn with_state(run: &Context, state: &StateDir, lock: &Lock, image: &Image, path: &Path) -> Result<i32> {
     let timeouts = run.config.timeouts();
     let own_work = state.criu_work();
     let run = &Context { args: state.with_criu_work(&run.args)?, ..run.clone() };

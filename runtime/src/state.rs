@@ -1,15 +1,15 @@
 //! A container's folder on the host: its control folder and what phos-runc must remember about it.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{Flock, FlockArg};
 use phos_engine::keeper::{BORROWED, lock_file};
 use phos_engine::lower;
 use phos_protocol::paths;
@@ -169,38 +169,76 @@ impl StateDir {
     }
 
     /// Held for the time of a checkpoint, restore or anything else that changes the folder: there is one at a time for each
-    /// container.
-    pub fn lock(&self) -> Result<Flock<File>> {
-        self.lock_within(Duration::ZERO)
+    /// container. A job's keeper holds it until it ends, which may be a moment after the job does: that is waited for.
+    pub fn lock(&self) -> Result<Lock> {
+        self.lock_while(|held, since| is_over(held) && since.elapsed() < TIDYING)
     }
 
     /// The same; waits for whoever holds it.
-    pub fn lock_within(&self, patience: Duration) -> Result<Flock<File>> {
+    pub fn lock_within(&self, patience: Duration) -> Result<Lock> {
+        self.lock_while(|_, since| since.elapsed() < patience)
+    }
+
+    fn lock_while(&self, wait: impl Fn(&File, Instant) -> bool) -> Result<Lock> {
         let path = lock_file(&self.path);
         let context = || path.display().to_string();
         if let Some(folder) = path.parent() {
             DirBuilder::new().recursive(true).mode(0o700).create(folder).with_context(context)?;
         }
-        let deadline = Instant::now() + patience;
+        let since = Instant::now();
         loop {
             let file = File::options()
+                .read(true)
                 .write(true)
                 .create(true)
                 .truncate(false)
                 .mode(0o600)
                 .open(&path)
                 .with_context(context)?;
-            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            match file.try_lock() {
                 // Whoever had it may have removed the file: then this is the lock of nothing.
-                Ok(lock) if same_file(&lock, &path) => return Ok(lock),
-                Ok(_) => {}
-                Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
-                Err(_) => {
+                Ok(()) if same_file(&file, &path) => {
+                    file.set_len(0).with_context(context)?;
+                    return Ok(Lock(file));
+                }
+                Ok(()) => {}
+                Err(TryLockError::Error(e)) => return Err(e).with_context(context),
+                Err(TryLockError::WouldBlock) if wait(&file, since) => {
+                    thread::sleep(Duration::from_millis(2))
+                }
+                Err(TryLockError::WouldBlock) => {
                     bail!("another checkpoint or restore of this container is under way: wait for it to end")
                 }
             }
         }
     }
+}
+
+/// A container's lock. Whoever has inherited its descriptor holds it as well: it is free when the last one has closed it.
+#[derive(Debug)]
+pub struct Lock(File);
+
+impl AsFd for Lock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for Lock {
+    /// What was to be done is done. Whoever holds it still has only to tidy up.
+    fn drop(&mut self) {
+        let _ = self.0.write_all_at(OVER, 0);
+    }
+}
+
+/// What a lock's file says when the job is over.
+const OVER: &[u8] = b"over";
+/// How long a keeper and its worker may take to end after that: a driver gives its context back.
+const TIDYING: Duration = Duration::from_secs(20);
+
+fn is_over(held: &File) -> bool {
+    let mut text = [0; OVER.len()];
+    held.read_exact_at(&mut text, 0).is_ok() && text == OVER
 }
 
 fn same_file(file: &File, path: &Path) -> bool {
@@ -268,7 +306,19 @@ mod tests {
         assert_eq!(mode & 0o7777, 0o1777);
         let held = state.lock().unwrap();
         assert!(state.lock().unwrap_err().to_string().contains("under way"));
+        // The keeper has its descriptor. While the job is under way nobody waits for it, when it is over everybody does.
+        let keeper = held.as_fd().try_clone_to_owned().unwrap();
         drop(held);
+        assert!(File::open(lock_file(&state.path)).unwrap().try_lock().is_err());
+        thread::scope(|scope| {
+            let next = scope.spawn(|| state.lock());
+            thread::sleep(Duration::from_millis(50));
+            assert!(!next.is_finished());
+            drop(keeper);
+            let next = next.join().unwrap().unwrap();
+            assert!(state.lock().is_err(), "that one is under way");
+            drop(next);
+        });
         // A lock that was waited for while its file was removed is not taken for the new one's.
         let held = state.lock().unwrap();
         let waiting = state.clone();

@@ -158,9 +158,15 @@ fn put_back(folder: &Path) -> io::Result<()> {
 
 /// Removes the earlier image of `folder`, if one waits.
 pub fn forget_earlier(folder: &Path) {
-    // One that cannot be removed now is removed with the next checkpoint.
-    if fault::io(Access::Forget).is_ok() {
-        let _ = fs::remove_dir_all(with(folder, EARLIER));
+    let earlier = with(folder, EARLIER);
+    let remove = || match fault::io(Access::Forget).and_then(|()| fs::remove_dir_all(&earlier)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    };
+    // What fails once may be a network's.
+    if let Err(e) = remove().or_else(|_| remove()) {
+        // It goes with the next checkpoint.
+        tracing::warn!(folder = %earlier.display(), error = %e, "an earlier image is still there");
     }
 }
 
