@@ -58,31 +58,36 @@ fn incremental(tools: &Tools) -> Result<()> {
     let container = started(&place, &["--mib", "40", "--step-ms", "700"], "auto")?;
     let parent = |name: &str| format!("../{}.{name}", container.id);
     let whole = container.checkpoint_with("1", &["--leave-running"])?;
-    let (mut least, mut last) = (u64::MAX, String::from("1"));
-    for name in ["2", "3", "4"] {
-        let report =
-            container.checkpoint_with(name, &["--leave-running", "--parent-path", &parent(&last)])?;
-        least = least.min(report["written_bytes"].as_u64().unwrap_or(u64::MAX));
-        last = name.into();
-    }
     let whole = whole["written_bytes"].as_u64().unwrap_or(0);
+    let (mut least, mut last) = (u64::MAX, String::from("1"));
+    // On a busy machine there is a step between most of them.
+    for n in 2..20 {
+        if n > 4 && least * 50 < whole {
+            break;
+        }
+        let name = n.to_string();
+        let report =
+            container.checkpoint_with(&name, &["--leave-running", "--parent-path", &parent(&last)])?;
+        least = least.min(report["written_bytes"].as_u64().unwrap_or(u64::MAX));
+        last = name;
+    }
     assert!(least * 50 < whole, "at best {least} bytes of {whole}: an idle program's increment is under 2 %");
     container.steps(1)?;
     let text = container.place.command(
         &container.runtime,
-        &["inspect", "--verify", &container.image("4").display().to_string()],
+        &["inspect", "--verify", &container.image(&last).display().to_string()],
         false,
     )?;
     assert!(text.text.contains("parent"), "{}", text.text);
-    comes_back(&container, "4")?;
+    comes_back(&container, &last)?;
     // Without the image it builds on, it is refused, and nothing is started.
     container.try_verb("delete", &["--force"])?;
     fs::rename(container.image("2"), container.image("elsewhere"))?;
-    assert_ne!(container.try_restore("4")?.status, 0);
+    assert_ne!(container.try_restore(&last)?.status, 0);
     let error = container.last_error()?;
     assert!(error.contains("builds on the image") && error.contains("is not there"), "{error}");
     fs::rename(container.image("elsewhere"), container.image("2"))?;
-    comes_back(&container, "4")
+    comes_back(&container, &last)
 }
 
 #[test]

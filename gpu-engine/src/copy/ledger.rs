@@ -130,6 +130,14 @@ impl Ledger {
         })
     }
 
+    /// The digests of chunks. `digests`: of [`Ledger::all`], as they are now; a shorter list if they are not.
+    pub fn digests_of(&self, chunks: &[ChunkRef], digests: &[Digest]) -> Vec<Digest> {
+        let all = self.all();
+        // Both are in the same order.
+        let mut now = all.iter().zip(digests);
+        chunks.iter().map_while(|chunk| now.by_ref().find(|(c, _)| *c == chunk).map(|(_, d)| *d)).collect()
+    }
+
     /// Records chunks as being zero: so they are saved, without anything being stored.
     pub fn note_zeros(&mut self, chunks: &[ChunkRef]) {
         self.record(chunks.iter().map(|chunk| (*chunk, (ZERO_CHUNK, Location::Zero))));
@@ -229,6 +237,8 @@ mod tests {
         let mut later = now;
         later[1] = digest(9);
         assert_eq!(ledger.dirty(&later), [all[1], all[2], all[3], all[5]], "zero no more");
+        assert_eq!(ledger.digests_of(&rest, &now), [digest(2), digest(3), digest(5)]);
+        assert_eq!(ledger.digests_of(&rest, &now[..3]), [digest(2)]);
         assert_eq!(ledger.part_zeros(rest.clone(), &[]), (vec![], rest), "what is not known is not zero");
     }
 

@@ -11,7 +11,7 @@ use super::scan::Scanner;
 use super::spare::Spare;
 use crate::device::{Device, DeviceError, GpuId};
 use crate::error::EngineError;
-use crate::image::{CHUNK, Sink};
+use crate::image::{CHUNK, Digest, Sink};
 use crate::progress::{Progress, State};
 
 /// Name of the copying in timelines.
@@ -118,17 +118,25 @@ impl<'a, S: Sink> Session<'a, S> {
         if self.ledger.is_blank() {
             return self.take(&self.ledger.all());
         }
-        let dirty = self.dirty()?;
+        let all = self.scanner.digests(self.device, &self.ledger)?;
+        let dirty = self.ledger.dirty(&all);
+        let digests = self.ledger.digests_of(&dirty, &all);
         let digest = begin.elapsed();
         self.progress.span("digest", TRACK, begin, digest);
-        let taken = self.take(&dirty)?;
+        let taken = self.take_with(&dirty, &digests)?;
         Ok(Quiesced { digest: digest + taken.digest, ..taken })
     }
 
     /// The second half of [`Session::quiesce`], for the chunks given.
     pub fn take(&mut self, dirty: &[ChunkRef]) -> Result<Quiesced, EngineError> {
+        self.take_with(dirty, &[])
+    }
+
+    /// The same; `digests` are those of the chunks, or none.
+    fn take_with(&mut self, dirty: &[ChunkRef], digests: &[Digest]) -> Result<Quiesced, EngineError> {
         let begin = Instant::now();
-        let left = self.spare.take(self.device, &mut self.scanner, &self.ledger, dirty)?;
+        let (left, digests) =
+            self.spare.take(self.device, &mut self.scanner, &self.ledger, dirty, digests)?;
         let snapshot = begin.elapsed();
         if left.len() < dirty.len() {
             self.progress.span("snapshot", TRACK, begin, snapshot);
@@ -138,7 +146,10 @@ impl<'a, S: Sink> Session<'a, S> {
         if !left.is_empty() {
             let begin = Instant::now();
             // Much of a large reserve may never have been used: what is zero needs no copying.
-            let digests = self.scanner.digests_of(self.device, &self.ledger, &left)?.unwrap_or_default();
+            let digests = match digests.len() == left.len() {
+                true => digests,
+                false => self.scanner.digests_of(self.device, &self.ledger, &left)?.unwrap_or_default(),
+            };
             quiesced.digest = begin.elapsed();
             let zeros = digests.iter().filter(|d| **d == ZERO_CHUNK).count();
             quiesced.straight_bytes = ((left.len() - zeros) * CHUNK) as u64;

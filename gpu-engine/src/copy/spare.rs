@@ -17,7 +17,7 @@ pub struct Spare {
     parts: BTreeMap<GpuId, Vec<Region>>,
     /// What is in it: for each GPU the chunks in their order.
     held: BTreeMap<GpuId, Vec<ChunkRef>>,
-    /// Their digests, once asked for.
+    /// Their digests, if they came with them or were asked for.
     digests: BTreeMap<GpuId, Vec<Digest>>,
 }
 
@@ -47,20 +47,24 @@ impl Spare {
         self.parts.values().flatten().map(|r| r.size).sum()
     }
 
-    /// Takes as many of `chunks` as there is room for and returns those that did not fit. Call it once.
+    /// Takes as many of `chunks` as there is room for and returns those that did not fit, with their digests. Call it once.
+    /// `digests`: of `chunks`, as they are now, or none.
     pub fn take(
         &mut self,
         device: &dyn Device,
         scanner: &mut Scanner,
         ledger: &Ledger,
         chunks: &[ChunkRef],
-    ) -> Result<Vec<ChunkRef>, DeviceError> {
+        mut digests: &[Digest],
+    ) -> Result<(Vec<ChunkRef>, Vec<Digest>), DeviceError> {
         let room: BTreeMap<GpuId, usize> =
             self.parts.iter().map(|(gpu, parts)| (*gpu, parts.iter().map(chunks_in).sum())).collect();
-        let mut left = Vec::new();
+        let (mut left, mut of_left) = (Vec::new(), Vec::new());
         let mut addresses = BTreeMap::<GpuId, Vec<u64>>::new();
         // Chunks come sorted by allocation: what depends on the allocation is looked up once for each.
         for of_block in chunks.chunk_by(|a, b| a.block == b.block) {
+            let (own, rest) = digests.split_at(of_block.len().min(digests.len()));
+            digests = rest;
             let Some(block) = ledger.block(of_block[0].block) else { continue };
             let held = self.held.entry(block.gpu).or_default();
             let fit =
@@ -69,25 +73,31 @@ impl Spare {
             held.extend_from_slice(in_);
             addresses.entry(block.gpu).or_default().extend(in_.iter().map(|c| block.chunk_address(c.chunk)));
             left.extend_from_slice(out);
+            let (of_in, of_out) = own.split_at(fit.min(own.len()));
+            self.digests.entry(block.gpu).or_default().extend_from_slice(of_in);
+            of_left.extend_from_slice(of_out);
         }
         for (gpu, addresses) in &addresses {
             let parts = self.parts.get(gpu).map(Vec::as_slice).unwrap_or_default();
             let places: Vec<_> = parts.iter().map(|p| (p.address, chunks_in(p))).collect();
             scanner.gather(device, *gpu, addresses, &places)?;
         }
-        Ok(left)
+        Ok((left, of_left))
     }
 
-    /// Computes the digests of what is held, in one go: while the program stands still that costs it nothing, and later
-    /// the GPU would have to switch between the two processes for it.
+    /// Computes the digests of what is held, unless they came with it, in one go: while the program stands still that costs it
+    /// nothing, and later the GPU would have to switch between the two processes for it.
     pub fn digest(&mut self, device: &dyn Device, scanner: &mut Scanner) -> Result<(), DeviceError> {
         let mut lists = BTreeMap::new();
         for (gpu, held) in &self.held {
+            if self.digests.get(gpu).is_some_and(|d| d.len() == held.len()) {
+                continue;
+            }
             let parts = self.parts.get(gpu).map(Vec::as_slice).unwrap_or_default();
             let places = parts.iter().flat_map(|p| (0..chunks_in(p)).map(|n| p.address + (n * CHUNK) as u64));
             lists.insert(*gpu, places.take(held.len()).collect());
         }
-        self.digests = scanner.digests_at(device, &lists)?;
+        self.digests.extend(scanner.digests_at(device, &lists)?);
         Ok(())
     }
 
