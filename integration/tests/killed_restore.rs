@@ -120,6 +120,11 @@ fn together(tools: &Tools) -> Result<()> {
     wrappers::install(&place)?;
     let container = stopped(&place)?;
     let before = present(&container);
+    // The engine's own, which names nothing of phos-runc's.
+    let mut own = container.bundle.read_spec()?;
+    let mounts = own["mounts"].as_array_mut().context("mounts")?;
+    mounts.retain(|m| !m["source"].as_str().is_some_and(|s| s.contains("/state/")));
+    container.bundle.write_spec(&own)?;
     for with in [With::Foreground, With::All] {
         for (n, action) in ["setup-namespaces", "post-setup-namespaces", "post-restore", "pre-resume"]
             .into_iter()
@@ -129,6 +134,8 @@ fn together(tools: &Tools) -> Result<()> {
             let flags = flags(&container, n % 2 == 0)?;
             let (_, took) = killed(&container, &flags, action, with).with_context(context)?;
             eprintln!("{}: {took:?}", context());
+            let config = container.bundle.read_spec()?;
+            ensure!(config == own, "{}: the bundle's configuration was left changed", context());
             let now = present(&container);
             ensure!(now == before, "{}: {now:?}, before {before:?}", context());
         }

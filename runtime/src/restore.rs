@@ -12,7 +12,7 @@ use phos_engine::device::cuda::LIBCUDA_ENV;
 use phos_engine::fault::{self, Moment};
 use phos_engine::image::Image;
 use phos_engine::job::{RestoreJob, RestoreReport};
-use phos_engine::keeper::{self, Keeper, Undo, WorkerRole};
+use phos_engine::keeper::{self, CONFIG_BEFORE, Keeper, Undo, WorkerRole};
 use phos_engine::lower;
 use phos_engine::service::{Client, ClientError};
 use phos_engine::started::Started;
@@ -23,7 +23,7 @@ use crate::args::TRACE;
 use crate::checkpoint::{block_on, image_path, prepare_environment};
 use crate::context::Context;
 use crate::create::{bundle, host};
-use crate::state::{Lock, StateDir, lower_folder, read_spec, write_spec};
+use crate::state::{Lock, StateDir, config_path, lower_folder, read_spec, write_spec};
 use crate::{criu_log, log, privilege, progress, trace};
 
 /// How long a worker may take until it can be spoken to.
@@ -84,9 +84,6 @@ fn with_state(run: &Context, state: &StateDir, lock: &Lock, image: &Image, path:
     injection.notes.iter().for_each(|n| log::warn(&run.args, n));
     plan::apply(&mut spec, &injection.edits);
     state.save_spec(&spec)?;
-    if spec != before {
-        write_spec(&bundle, &spec)?;
-    }
     let job = RestoreJob {
         container: run.args.id().unwrap_or_default().to_string(),
         control_dir: state.control_dir(),
@@ -97,12 +94,20 @@ fn with_state(run: &Context, state: &StateDir, lock: &Lock, image: &Image, path:
     };
     let work = env::current_dir()?.join(criu_log::folder(&run.args).unwrap_or_default());
     let undo = Undo {
+        limit: Duration::from_millis(timeouts.lower_ms),
+        config: config_path(&bundle),
         folder: lower_folder(&run.args, &job.container),
         work: work.clone(),
         delete: run.lower.command_line(&run.args, &["delete", "--force", &job.container]),
     };
     let mut started = Started::nothing();
     let mut keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd(), &undo)?;
+    if spec != before {
+        // If this process is killed, the keeper puts it back.
+        let kept = state.path.join(CONFIG_BEFORE);
+        fs::copy(config_path(&bundle), &kept).with_context(|| kept.display().to_string())?;
+        write_spec(&bundle, &spec)?;
+    }
     let result = block_on(async {
         let client = Client::connect(&keeper, START).await?;
         fault::at(Moment::Connected)?;

@@ -17,4 +17,4 @@ mod words;
 
 pub use run::{KeeperError, run};
 pub use start::{BORROWED, Keeper, StartError, WorkerRole, lock_file, start};
-pub use undo::Undo;
+pub use undo::{CONFIG_BEFORE, Undo};
