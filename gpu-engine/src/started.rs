@@ -195,8 +195,8 @@ fn mounts(line: &str) -> Option<&str> {
     (!own.is_empty() && own.bytes().all(|b| b.is_ascii_alphanumeric())).then_some(name)
 }
 
-/// Removes a cgroup with those below it. One that has a process again stays.
-fn remove_cgroup(folder: &Path, deadline: Instant) {
+/// Removes a cgroup with those below it. One that has a process still at `deadline` stays.
+pub fn remove_cgroup(folder: &Path, deadline: Instant) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|t| t.is_dir()) {
             remove_cgroup(&entry.path(), deadline);
@@ -245,6 +245,29 @@ mod tests {
         assert!(started.seen.is_empty() && child.try_wait().unwrap().is_none());
         child.kill().unwrap();
         child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_cgroup_goes_as_soon_as_its_last_process_has_left() {
+        let root = Path::new("/sys/fs/cgroup");
+        let hierarchy = if root.join("freezer").is_dir() { root.join("freezer") } else { root.into() };
+        let group = hierarchy.join(format!("phos-test-started-{}", std::process::id()));
+        // Neither a container nor a user may make one everywhere.
+        if fs::create_dir(&group).is_err() {
+            return;
+        }
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
+        remove_cgroup(&group, Instant::now() + Duration::from_millis(20));
+        assert!(group.exists(), "it is in use");
+        thread::scope(|scope| {
+            let removing = scope.spawn(|| remove_cgroup(&group, Instant::now() + DEATH));
+            thread::sleep(Duration::from_millis(50));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            removing.join().unwrap();
+        });
+        assert!(!group.exists());
     }
 
     #[test]

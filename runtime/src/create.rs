@@ -2,10 +2,11 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use phos_engine::lower;
+use phos_engine::started::remove_cgroup;
+use phos_engine::{lower, processes};
 use phos_hooks::{Host, Injection, detect, inject, plan};
 
 use crate::context::Context as Run;
@@ -14,6 +15,8 @@ use crate::{log, privilege};
 
 /// How long a job may take to end whose container is gone.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the last thread of a program that was killed may take to end.
+const LAST_THREAD: Duration = Duration::from_secs(10);
 
 /// The bundle a command line names.
 pub fn bundle(run: &Run) -> Result<PathBuf> {
@@ -93,11 +96,18 @@ pub fn delete(run: &Run) -> Result<i32> {
         // Not before a job is at its end: the lower runtime would take the container's state away under its hands.
         let _lock = state.lock_within(PATIENCE)?;
     }
+    let mut cgroups = Vec::new();
     if run.args.switch("force") || run.args.switch("f") {
         lower::release(&lower_folder(&run.args, id));
+        // The lower runtime takes a program whose first thread has ended for one that is gone. A driver takes longer to take the
+        // others down than it tries to remove their cgroup.
+        if let Some(container) = run.lower.state(&run.args, id)?.filter(|c| c.pid > 0) {
+            cgroups = processes::cgroups_beyond_own(container.pid);
+        }
     }
     let status = run.lower.run(&run.args)?;
     if status == 0 {
+        cgroups.iter().for_each(|cgroup| remove_cgroup(cgroup, Instant::now() + LAST_THREAD));
         let _lock = state.lock_within(PATIENCE)?;
         state.remove();
     }

@@ -13,7 +13,6 @@ use super::run::Bench;
 use super::{Action, Case, Outcome, Place, Row, Way};
 use crate::bundle::Gpu;
 use crate::container::Place as Folder;
-use crate::processes::wait_until;
 use crate::tools::Tools;
 
 /// Containers.
@@ -157,16 +156,10 @@ fn round(benches: &mut [Bench<'_>], events: &[Event]) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Has the programs end and removes the containers. Nothing is left of them.
+/// Removes the containers, whose programs run. Nothing is left of them.
 fn finish(benches: Vec<Bench<'_>>, places: &[Folder], before: &[Inventory]) -> Result<()> {
     for bench in &benches {
-        // By itself: the lower runtime's `delete --force` does not wait for the last thread of one that a driver is taking down, and
-        // leaves its cgroup.
-        let container = bench.container()?;
-        let pid = container.pid()?;
-        fs::write(container.bundle.out.join("stop"), "")?;
-        wait_until("the program's end", || (!Path::new(&format!("/proc/{pid}")).exists()).then_some(()))?;
-        container.verb("delete", &[])?;
+        bench.container()?.verb("delete", &["--force"])?;
     }
     let mut left = wait_until_quiet(QUIET);
     for (place, before) in places.iter().zip(before) {
