@@ -1,9 +1,9 @@
 //! Several containers at the same time, each of which goes through one event after the other that a seed has chosen: a checkpoint,
 //! a stop and restore, a fault. Events of one round happen at the same time; what came of them is looked at when all is quiet.
 
-use std::path::Path;
+use std::fmt;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{fmt, fs, thread};
 
 use anyhow::{Context, Result, ensure};
 
