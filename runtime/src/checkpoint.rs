@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, anyhow};
 use phos_engine::fault::{self, Moment};
 use phos_engine::image::Image;
 use phos_engine::job::{CheckpointJob, CheckpointReport};
-use phos_engine::keeper::{self, Undo, WorkerRole};
+use phos_engine::keeper::{self, Keeper, Undo, WorkerRole};
 use phos_engine::processes;
 use phos_engine::service::{Client, ClientError, LowerOutput};
 use phos_hooks::{late, locate, plan};
@@ -209,7 +209,13 @@ fn with_state(
         criu_version,
     };
     let begun = SystemTime::now();
-    let (result, lower) = carry_out(state, &job, lock)?;
+    let mut keeper = keeper::start(WorkerRole::Checkpoint, &state.path, lock.as_fd(), &Undo::default())?;
+    let carried = carry_out(&mut keeper, &job);
+    if !own_state {
+        // The folder is about to be removed.
+        keeper.finish();
+    }
+    let (result, lower) = carried?;
     if lower.status != 0
         && let Some(cause) = criu_log::cause(&lower_args, "dump", begun, &state.lower_log())
     {
@@ -243,15 +249,10 @@ fn with_state(
     }
 }
 
-/// Starts keeper and worker, sends the job and waits.
-fn carry_out(
-    state: &StateDir,
-    job: &CheckpointJob,
-    lock: &Lock,
-) -> Result<(Result<CheckpointReport>, LowerOutput)> {
-    let mut keeper = keeper::start(WorkerRole::Checkpoint, &state.path, lock.as_fd(), &Undo::default())?;
+/// Sends the job to the keeper's worker and waits.
+fn carry_out(keeper: &mut Keeper, job: &CheckpointJob) -> Result<(Result<CheckpointReport>, LowerOutput)> {
     let answer = block_on(async {
-        let client = Client::connect(&keeper, START).await?;
+        let client = Client::connect(keeper, START).await?;
         fault::at(Moment::Connected)?;
         tokio::select! {
             answer = client.checkpoint(job) => Ok(answer?),

@@ -129,6 +129,10 @@ fn with_state(run: &Context, state: &StateDir, lock: &Lock, image: &Image, path:
         // The lower runtime was killed. What it has started may be at work still, and must not meet a second attempt.
         keeper.clean_up();
     }
+    if !matches!(&result, Ok((_, Some(_)))) {
+        // The state folder is about to be removed.
+        keeper.finish();
+    }
     let mut logged = run.args.clone();
     if !matches!(&result, Ok((_, Some(_)))) {
         started.clear(&work);

@@ -116,6 +116,12 @@ impl Keeper {
         let _ = self.outcome.read_to_end(&mut Vec::new());
     }
 
+    /// Says that there is nothing to clean up, and waits for the keeper's end: whoever removes the state folder must be the last.
+    pub fn finish(mut self) {
+        self.end(Word::Done);
+        let _ = self.outcome.read_to_end(&mut Vec::new());
+    }
+
     /// Has the keeper know the lower runtime, which `lower` starts, and how long it and all it has started are at work.
     pub fn introduce(&self, lower: &mut Command) {
         let Some(alive) = &self.alive else { return };
