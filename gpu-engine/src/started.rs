@@ -48,6 +48,11 @@ fn ended_by_signal(pid: i32) -> bool {
     fields.first() == Some(&"Z") && code & 0x7f != 0
 }
 
+/// The name of a process, also of one that nobody has waited for.
+fn name(pid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default()
+}
+
 /// Where a process is: its cgroups and its PID namespace.
 fn home(pid: &str) -> (String, PathBuf) {
     let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
@@ -88,21 +93,21 @@ impl Started {
         let mut tools = vec![lower];
         let (mut killed, mut left) = (false, Vec::new());
         while let Some(tool) = tools.pop() {
-            let (mut was_killed, mut at_work) = (false, Vec::new());
+            let (mut dead, mut at_work) = (Vec::new(), Vec::new());
             for child in processes::children(tool) {
                 match processes::describe(child) {
-                    None => was_killed |= ended_by_signal(child),
+                    None if ended_by_signal(child) => dead.push(name(child)),
+                    None => {}
                     Some(_) if home(&child.to_string()) == own => at_work.push(child),
                     Some(_) => self.note(child),
                 }
             }
-            // A killed CRIU's own helpers have come to its parent, if that is a subreaper.
-            if was_killed {
-                left.append(&mut at_work)
-            } else {
-                tools.append(&mut at_work)
-            }
-            killed |= was_killed;
+            killed |= !dead.is_empty();
+            // A killed CRIU's own helpers, which have its name, have come to its parent, if that is a subreaper.
+            let (helpers, others): (Vec<_>, Vec<_>) =
+                at_work.into_iter().partition(|pid| dead.contains(&name(*pid)));
+            left.extend(helpers);
+            tools.extend(others);
         }
         self.killed = self.killed.or(Some(Instant::now())).filter(|_| killed);
         let in_vain = self.killed.is_some_and(|since| since.elapsed() > GRACE);

@@ -167,7 +167,7 @@ fn probing(tools: &Tools) -> Result<()> {
     let place = Place::new(tools)?;
     let (path, probe) = (place.path("killed/criu"), Path::new("/tmp/.criu.move_mount_set_group.aaaaaa"));
     let script = format!(
-        "#!/bin/sh\ncase \" $* \" in *' swrk '*) mkdir {probe}; mount -t tmpfs none {probe}; sleep 1000 & kill -9 $$ ;; esac\nexec {} \"$@\"\n",
+        "#!/bin/sh\ncase \" $* \" in *' swrk '*) mkdir {probe}; mount -t tmpfs none {probe}; ( while sleep 1; do :; done ) & kill -9 $$ ;; esac\nexec {} \"$@\"\n",
         tools.criu.display(),
         probe = probe.display(),
     );
@@ -190,7 +190,8 @@ fn probing(tools: &Tools) -> Result<()> {
             begun.elapsed()
         );
         ensure!(!probe.exists(), "{what} left a folder behind");
-        ensure!(process_with(&["sleep", "1000"]).is_none(), "{what} left a process behind");
+        let left = process_with(&[path.to_str().context("path")?]);
+        ensure!(left.is_none(), "{what} left process {left:?} behind");
         anyhow::Ok(())
     };
     failing(&|| container.try_checkpoint("other", true), "checkpoint")?;

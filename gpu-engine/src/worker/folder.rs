@@ -174,7 +174,8 @@ pub fn forget_earlier(folder: &Path) {
 pub fn undo(folder: &Path, before: FolderBefore) {
     if !before.earlier {
         empty(folder);
-    } else if let Err(e) = put_back(folder) {
+    } else if let Err(e) = put_back(folder).or_else(|_| put_back(folder)) {
+        // The next checkpoint into this folder tries again.
         tracing::error!(folder = %folder.display(), error = %e, "the earlier image could not be put back");
     }
     if before.made {
