@@ -78,18 +78,21 @@ fn actions(point: &str) -> Vec<Action> {
     actions
 }
 
-/// Points at which keeper and foreground cannot hang: nothing watches them but their engine.
-fn is_watched(point: &str) -> bool {
-    ![
-        "at.keeper-started",
-        "at.connected",
-        "at.answered",
-        "at.worker-started",
-        "at.handed-over",
-        "at.lower-started",
-        "at.rebuilt",
-    ]
-    .contains(&point)
+/// Points at which keeper and foreground cannot hang: nothing watches them but their engine. A restore's foreground is the first to
+/// open the image.
+fn is_watched(way: Way, point: &str) -> bool {
+    let opens = way == Way::Restore && ["file.open", "file.read-table"].contains(&point);
+    !opens
+        && ![
+            "at.keeper-started",
+            "at.connected",
+            "at.answered",
+            "at.worker-started",
+            "at.handed-over",
+            "at.lower-started",
+            "at.rebuilt",
+        ]
+        .contains(&point)
 }
 
 /// What operators, engines and the program may do meanwhile: kinds of job, point, action.
@@ -136,8 +139,10 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
             if !full && !first {
                 continue;
             }
-            let possible: Vec<_> =
-                actions(point).into_iter().filter(|a| *a != Action::Hang || is_watched(point)).collect();
+            let possible: Vec<_> = actions(point)
+                .into_iter()
+                .filter(|a| *a != Action::Hang || is_watched(*way, point))
+                .collect();
             for (n, action) in possible.iter().enumerate() {
                 // Sampled: killed always, the rest in turns, and few of those that take long.
                 let others = turn + n;
