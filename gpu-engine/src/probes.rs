@@ -40,7 +40,7 @@ fn clear_in(folder: &Path, begun: SystemTime, left: Duration) {
         found = found.intersection(&probes(folder, begun)).cloned().collect();
     }
     for folder in found {
-        let _ = umount2(&folder, MntFlags::MNT_DETACH);
+        let _ = umount2(&folder, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         let _ = fs::remove_dir(folder);
     }
 }
