@@ -23,6 +23,7 @@
 mod steps;
 mod without_room;
 
+use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -91,7 +92,7 @@ pub struct Checkpoint<'a> {
 }
 
 /// What a person is told when a container is lost and its image is not.
-pub(super) fn lost(why: &EngineError, image: &Path) -> String {
+pub(super) fn lost(why: &dyn Display, image: &Path) -> String {
     format!(
         "the container could not be brought back to running and was ended ({why}); its image {} is complete: restore it",
         image.display()

@@ -2,6 +2,7 @@
 //! lower runtime's image already and nowhere else, or cannot be brought back, the GPU's part of that image is finished instead.
 
 use std::cell::Cell;
+use std::fmt::Display;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use super::subject::{Piece, Subject};
 use super::wake::{Sleeper, end, wake};
 use super::watchdog;
 use crate::copy::{self, Ledger};
-use crate::device;
+use crate::device::{self, ProcessState};
 use crate::error::EngineError;
 use crate::fault::{self, Moment};
 use crate::image::{INVENTORY, ImageWriter};
@@ -96,7 +97,7 @@ impl Recovery<'_> {
             Some(why) => format!("the checkpoint worker was ended ({why})"),
             None => "the checkpoint worker was ended".into(),
         };
-        let complete = inherited.complete
+        let mut complete = inherited.complete
             || inherited.folder.is_some_and(|f| folder::is_complete(&job.image, f, job.pre_dump));
         // The lower runtime may have outlived the worker, so its success may not have been told; its inventory says it.
         let dumped = inherited.lower_done || job.image.join(INVENTORY).is_file();
@@ -110,6 +111,19 @@ impl Recovery<'_> {
             let report = report(format!("{ended}; another one finished the image"));
             return Ok(Ok(self.finish(report)?));
         }
+        // A driver that does not bring a process back, and does not say so: the image is the way out, as long as nobody has his
+        // memory back.
+        if let Some(why) = &inherited.reason
+            && inherited.lower_done
+            && job.leave_running
+            && self.is_one_away()?
+        {
+            if complete {
+                return Ok(Ok(self.give_up(why, report(format!("{ended}; another one finished the image")))));
+            }
+            self.finish(CheckpointReport::default())?;
+            complete = true;
+        }
         if !gone {
             let driver_done = Cell::new(false);
             match self.bring_back(&driver_done) {
@@ -121,9 +135,7 @@ impl Recovery<'_> {
                         true => report,
                         false => self.finish(report)?,
                     };
-                    let first = processes::describe(job.init_pid).map(|p| (p.pid, p.start_time));
-                    end(first, self.inherited.processes.iter());
-                    return Ok(Ok(CheckpointReport { lost: Some(lost(&why, &job.image)), ..report }));
+                    return Ok(Ok(self.give_up(&why, report)));
                 }
                 // No further attempt can help.
                 Err(e @ EngineError::Poisoned { .. }) => {
@@ -151,6 +163,23 @@ impl Recovery<'_> {
             Some(_) => format!("{ended}; the container runs on and no image was written"),
             None => format!("{ended} and the container has ended; no image was written"),
         }))
+    }
+
+    /// Whether the driver still has the state of one of the processes. None has its memory back then: that comes when the driver is
+    /// done with all of them.
+    fn is_one_away(&self) -> Result<bool, EngineError> {
+        let device = device::cuda::open()?;
+        let away = |p: &KeptProcess| {
+            device.process_state(p.pid).is_ok_and(|s| s == Some(ProcessState::Checkpointed))
+        };
+        Ok(self.inherited.processes.iter().any(away))
+    }
+
+    /// Ends a container that cannot be brought back; its image is complete.
+    fn give_up(&self, why: &dyn Display, report: CheckpointReport) -> CheckpointReport {
+        let first = processes::describe(self.job.init_pid).map(|p| (p.pid, p.start_time));
+        end(first, self.inherited.processes.iter());
+        CheckpointReport { lost: Some(lost(why, &self.job.image)), ..report }
     }
 
     /// Gives every process what it lacks. `driver_done` is set before any of them can touch its memory.

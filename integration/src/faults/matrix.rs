@@ -208,6 +208,11 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
             }
         }
     }
+    if !full {
+        // The driver never gives a process back, and does not say so.
+        let place = Place::Worker("cuCheckpointProcessRestore".into(), "hang".into(), false);
+        cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
+    }
     // The driver gives a process up for good.
     let place = Place::Program("poison".into(), "999".into(), true);
     cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
