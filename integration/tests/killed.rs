@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use phos_integration::container::{Ended, Place};
+use phos_integration::faults::driver;
 use phos_integration::processes::{process_with, wait_until};
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
@@ -208,4 +209,29 @@ fn probing(tools: &Tools) -> Result<()> {
 #[test]
 fn what_a_killed_criu_leaves_is_ended_and_removed() {
     sandboxed("what_a_killed_criu_leaves_is_ended_and_removed", |tools| probing(tools).unwrap());
+}
+
+/// The driver does not lock the process, and its memory cannot be mapped again at the first attempt.
+fn not_at_once(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let container = place.sample(&["--mib", "24"])?;
+    container.start()?;
+    container.steps(3)?;
+    driver::arm(container.pid()?, "cuMemImportFromShareableHandle:1:2")?;
+    place.overlay([("SIMCUDA_FAIL", "cuCheckpointProcessLock:1:600".into())]);
+    let ended = container.try_checkpoint("image", true)?;
+    place.overlay([]);
+    ensure!(ended.status == 1 && ended.text.contains("the container runs on"), "{ended:?}");
+    container.steps(5)?;
+    ensure!(!container.image("image").join("phos.json").exists(), "no partial image");
+    container.checkpoint("second", true)?;
+    container.steps(3)?;
+    Ok(())
+}
+
+#[test]
+fn a_container_that_is_not_woken_at_once_is_woken_by_another_worker() {
+    sandboxed("a_container_that_is_not_woken_at_once_is_woken_by_another_worker", |tools| {
+        not_at_once(tools).unwrap()
+    });
 }

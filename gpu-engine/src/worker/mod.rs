@@ -29,7 +29,7 @@ use crate::error::EngineError;
 use crate::fault::{self, Moment};
 use crate::job::{CheckpointJob, CheckpointReport, RestoreJob, RestoreReport, Timeouts};
 use crate::keeper::WorkerRole;
-use crate::keeper::wire::{Outcome, Wire};
+use crate::keeper::wire::{Outcome, Packet, Wire};
 use crate::pages::Socket;
 use crate::privilege;
 use crate::progress::Progress;
@@ -113,6 +113,11 @@ impl Handler for Worker {
         match &result {
             Ok(report) => tracing::info!(?report, "checkpoint done"),
             Err(e) => tracing::error!(error = %e, "checkpoint failed"),
+        }
+        if let Err(e @ EngineError::RollbackFailed { .. }) = &result {
+            // The keeper has the memory, and has other workers try.
+            let _ = self.wire.send(&Packet::Stuck(e.to_string()), &[]);
+            watchdog::end(&e.to_string());
         }
         self.finished(&result);
         (result.map_err(|e| e.to_string()), lower)
