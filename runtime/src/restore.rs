@@ -102,19 +102,26 @@ fn with_state(run: &Context, state: &StateDir, lock: &Lock, image: &Image, path:
     };
     let mut started = Started::nothing();
     let mut keeper = keeper::start(WorkerRole::Restore, &state.path, lock.as_fd(), &undo)?;
-    if spec != before {
+    let change = || {
+        if spec == before {
+            return Ok(());
+        }
         // If this process is killed, the keeper puts it back.
         let kept = state.path.join(CONFIG_BEFORE);
         fs::copy(config_path(&bundle), &kept).with_context(|| kept.display().to_string())?;
-        write_spec(&bundle, &spec)?;
-    }
-    let result = block_on(async {
-        let client = Client::connect(&keeper, START).await?;
-        fault::at(Moment::Connected)?;
-        client.restore(&job).await?;
-        let limit = Duration::from_millis(timeouts.lower_ms);
-        rebuild(run, state, &client, &keeper, limit, &mut started).await
-    });
+        write_spec(&bundle, &spec)
+    };
+    let mut restored = || {
+        block_on(async {
+            let client = Client::connect(&keeper, START).await?;
+            fault::at(Moment::Connected)?;
+            client.restore(&job).await?;
+            let limit = Duration::from_millis(timeouts.lower_ms);
+            rebuild(run, state, &client, &keeper, limit, &mut started).await
+        })
+    };
+    // From here on whatever fails is cleaned up below.
+    let result = change().and_then(|()| restored());
     // A worker that is gone could not say why; its keeper can.
     let result = match result {
         Err(e) if matches!(e.downcast_ref(), Some(ClientError::Gone(_))) => match keeper.outcome() {
