@@ -10,9 +10,9 @@ use phos_protocol::message::CLASS_PLAIN;
 
 use crate::carve::{BLOCK, Home, Piece};
 use crate::cuda::{AccessDesc, DeviceOrdinal, DevicePtr, Handle, SUCCESS, Status};
+use crate::drain::drain;
 use crate::fds::Kept;
 use crate::memory::{create, make, physical};
-use crate::park::drain;
 use crate::real::api;
 use crate::table::{self, Mapping, Plain, Table};
 use crate::{gate, peers};

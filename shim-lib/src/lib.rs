@@ -19,6 +19,7 @@ mod control;
 #[cfg(test)]
 mod coverage;
 mod cuda;
+mod drain;
 mod entry;
 mod exports;
 mod fds;

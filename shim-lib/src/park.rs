@@ -1,8 +1,7 @@
 //! Parking: GPU work is stopped, memory handed over and let go; and the way back.
 
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
-use std::sync::mpsc;
-use std::thread;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use phos_protocol::message::{Entry, Message, PARK_LOW_STACK, PARK_PREFAULT, Summary, Timings, failure};
@@ -10,12 +9,12 @@ use phos_protocol::{Connection, MAX_FDS, TransportError};
 
 use crate::contexts;
 use crate::cuda::{CAPTURE_RELAXED, Context, HANDLE_FD, LIMIT_STACK_SIZE, SUCCESS, Status};
+use crate::drain::drain;
 use crate::fds::Kept;
 use crate::gate;
 use crate::prefault;
 use crate::real::api;
 use crate::table::{self, Table};
-use std::sync::atomic::Ordering;
 
 /// Why a request failed.
 pub enum Failure {
@@ -33,7 +32,8 @@ impl From<TransportError> for Failure {
     }
 }
 
-fn cuda(call: &str, status: Status) -> Failure {
+/// A call that failed.
+pub fn cuda(call: &str, status: Status) -> Failure {
     Failure::Answer(failure::CUDA, format!("{call} failed with CUDA error {status}"))
 }
 
@@ -41,40 +41,10 @@ fn cuda(call: &str, status: Status) -> Failure {
 const LOW_STACK: usize = 16;
 
 /// Lets this thread call the driver while another one captures a stream.
-fn relax_capture() {
+pub fn relax_capture() {
     let mut mode = CAPTURE_RELAXED;
     // SAFETY: `mode` is valid for reading and writing.
     unsafe { (api().capture_mode)(&mut mode) };
-}
-
-/// Waits until every context is idle; `false` if that takes longer than `patience`.
-pub fn drain(patience: Duration) -> Result<bool, Failure> {
-    let (done, result) = mpsc::channel();
-    // The driver's wait has no limit, so it happens in a thread that can be left behind.
-    let spawned = thread::Builder::new().name("phos-drain".into()).spawn(move || {
-        relax_capture();
-        let all = contexts::all();
-        let mut status = SUCCESS;
-        for context in &all.contexts {
-            // SAFETY: `all` keeps the contexts alive.
-            unsafe {
-                if (api().ctx_set)(*context) == SUCCESS {
-                    status = status.max((api().ctx_synchronize)());
-                }
-            }
-        }
-        // SAFETY: no context is current afterwards.
-        unsafe { (api().ctx_set)(std::ptr::null_mut()) };
-        let _ = done.send(status);
-    });
-    if let Err(e) = spawned {
-        return Err(Failure::Answer(failure::SYSTEM, format!("no thread to wait for the GPU: {e}")));
-    }
-    match result.recv_timeout(patience) {
-        Ok(SUCCESS) => Ok(true),
-        Ok(status) => Err(cuda("cuCtxSynchronize", status)),
-        Err(_) => Ok(false),
-    }
 }
 
 /// What the process holds, and what prevents its checkpoint.

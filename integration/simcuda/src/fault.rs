@@ -1,8 +1,8 @@
 //! Calls that fail on purpose.
 //!
 //! `SIMCUDA_FAIL=FUNCTION:N:CODE[,…]`: the Nth call of that exported function from now on (`*`: every one) returns the CUDA
-//! error CODE without doing anything; with `hang` for CODE it never returns. `simcuda_fail` replaces the rules at run time, and
-//! so does [`Outside`], from another process. `SIMCUDA_CALLS=FILE` appends to FILE the name of every function that is called.
+//! error CODE without doing anything; with `hang` for CODE it never returns, with `hangN` it takes N seconds longer than it would.
+//! `simcuda_fail` replaces the rules at run time, and so does [`Outside`], from another process. `SIMCUDA_CALLS=FILE` appends to FILE the name of every function that is called.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, c_char};
@@ -10,16 +10,24 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once};
+use std::time::Duration;
 
 use crate::code::{Code, INVALID_VALUE, SUCCESS};
+
+/// What happens to a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Fails(Code),
+    /// None: for ever.
+    Hangs(Option<Duration>),
+}
 
 /// One rule.
 struct Rule {
     function: String,
     /// Calls until it strikes; 0: always.
     after: u64,
-    /// None: hang.
-    code: Option<Code>,
+    fate: Fate,
 }
 
 /// Bytes of text in [`Outside`].
@@ -95,11 +103,13 @@ fn parse(text: &str) -> Option<Vec<Rule>> {
             "*" => 0,
             n => n.parse().ok().filter(|n| *n > 0)?,
         };
-        let code = match words.next()? {
-            "hang" => None,
-            n => Some(n.parse().ok()?),
+        let code = words.next()?;
+        let fate = match code.strip_prefix("hang") {
+            Some("") => Fate::Hangs(None),
+            Some(seconds) => Fate::Hangs(Some(Duration::from_secs(seconds.parse().ok()?))),
+            None => Fate::Fails(code.parse().ok()?),
         };
-        words.next().is_none().then_some(Rule { function, after, code })
+        words.next().is_none().then_some(Rule { function, after, fate })
     });
     rules.collect()
 }
@@ -110,7 +120,7 @@ fn arm(rules: Vec<Rule>) {
     *current = rules;
 }
 
-/// The code with which this call must fail. Does not return if it must hang.
+/// The code with which this call must fail. Does not return if it must hang for ever.
 pub fn due(function: &str) -> Option<Code> {
     static ENVIRONMENT: Once = Once::new();
     ENVIRONMENT.call_once(|| {
@@ -136,7 +146,7 @@ pub fn due(function: &str) -> Option<Code> {
         arm(Vec::new());
         return None;
     }
-    let code = {
+    let fate = {
         let mut rules = RULES.lock().unwrap_or_else(|e| e.into_inner());
         let rule = rules.iter_mut().find(|r| r.function == function)?;
         match rule.after {
@@ -147,14 +157,18 @@ pub fn due(function: &str) -> Option<Code> {
                 return None;
             }
         }
-        rule.code
+        rule.fate
     };
-    if code.is_none() {
-        loop {
-            std::thread::park();
+    match fate {
+        Fate::Fails(code) => Some(code),
+        Fate::Hangs(Some(time)) => {
+            std::thread::sleep(time);
+            None
         }
+        Fate::Hangs(None) => loop {
+            std::thread::park();
+        },
     }
-    code
 }
 
 /// Replaces all rules; an empty text ends them. Not a function of the driver.
@@ -184,7 +198,7 @@ mod tests {
         assert_eq!(seen, [None, Some(1), Some(700), None, Some(1), None]);
         arm(Vec::new());
         assert_eq!(due("cuB"), None);
-        for bad in ["cuA", "cuA:0:1", "cuA:1:x", "cuA:1:2:3"] {
+        for bad in ["cuA", "cuA:0:1", "cuA:1:x", "cuA:1:2:3", "cuA:1:hangx"] {
             assert!(parse(bad).is_none(), "{bad}");
         }
     }

@@ -1,8 +1,8 @@
 //! Makes every fault there is, one after the other, and says what came of each. Run it in a sandbox:
-//! `integration/scripts/sandbox.sh target/debug/fault-matrix [--sampled] [--only TEXT] [--results FILE] [--table FILE]`.
+//! `integration/scripts/sandbox.sh target/debug/fault-matrix [--sampled] [--only TEXT] [--except TEXT] [--results FILE] [--table FILE]`.
 //!
-//! `--only`: faults whose description contains TEXT, or one of several texts with ; between them. `--results`: the figures, in the form of `integration/results/`.
-//! `--table`: the table of `contrib/docs/faults.md`. Ends with an error if something was lost or left behind.
+//! `--only`: faults whose description contains TEXT, or one of several texts with ; between them; `--except`: those whose
+//! description does not. `--results`: the figures, in the form of `integration/results/`. `--table`: the table of `contrib/docs/faults.md`. Ends with an error if something was lost or left behind.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use phos_engine::fault::Point;
 use phos_integration::container::Place;
 use phos_integration::faults::matrix::{self, Breadth};
 use phos_integration::faults::run::Bench;
-use phos_integration::faults::{Outcome, Row};
+use phos_integration::faults::{Case, Outcome, Row};
 use phos_integration::tools::{Tools, word};
 use serde_json::json;
 
@@ -40,14 +40,15 @@ fn results(rows: &[Row]) -> Result<String> {
 }
 
 fn main() -> Result<()> {
-    let (mut breadth, mut only, mut to_results, mut to_table) =
-        (Breadth::Full, String::new(), None::<PathBuf>, None::<PathBuf>);
+    let (mut breadth, mut only, mut except) = (Breadth::Full, String::new(), None::<String>);
+    let (mut to_results, mut to_table) = (None::<PathBuf>, None::<PathBuf>);
     let mut words = env::args().skip(1);
     while let Some(w) = words.next() {
         let mut value = || words.next().with_context(|| format!("{w} needs a value"));
         match w.as_str() {
             "--sampled" => breadth = Breadth::Sampled,
             "--only" => only = value()?,
+            "--except" => except = Some(value()?),
             "--results" => to_results = Some(value()?.into()),
             "--table" => to_table = Some(value()?.into()),
             _ => bail!("unknown option {w}"),
@@ -68,7 +69,12 @@ fn main() -> Result<()> {
     );
     let mut wrong: Vec<_> = rows.iter().filter_map(matrix::wrong).collect();
     wrong.iter().for_each(|w| eprintln!("WRONG {w}"));
-    for case in cases.iter().filter(|c| only.split(';').any(|o| c.to_string().contains(o))) {
+    let wanted = |case: &&Case| {
+        let (text, among) =
+            (case.to_string(), |list: &str, text: &str| list.split(';').any(|o| text.contains(o)));
+        among(&only, &text) && !except.as_ref().is_some_and(|e| among(e, &text))
+    };
+    for case in cases.iter().filter(wanted) {
         let begin = Instant::now();
         let row = bench.run(case).with_context(|| case.to_string())?;
         let mark = if row.struck { "" } else { " (not reached)" };

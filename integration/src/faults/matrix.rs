@@ -12,6 +12,9 @@ use super::{Action, Case, Outcome, Place, Row, Way};
 /// Codes that driver calls fail with: out of memory, a system call that failed, an illegal address, unknown, none at all.
 const CODES: [&str; 5] = ["2", "304", "700", "999", "hang"];
 
+/// A call of the program that takes longer than the limits of a job, and then returns.
+const SLOW: &str = "hang9";
+
 /// What the program itself calls all the time: a fault there is the program's.
 const PROGRAMS_OWN: [&str; 2] = ["cuDriverGetVersion", "poison"];
 
@@ -175,11 +178,12 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
                 if !full && !had.insert(call.clone()) {
                     continue;
                 }
-                for (n, code) in CODES.iter().enumerate() {
+                let slow = full && matches!(place(String::new(), String::new(), false), Place::Program(..));
+                for (n, code) in CODES.iter().chain(slow.then_some(&SLOW)).enumerate() {
                     for always in [false, true] {
                         // A hang is for ever anyway.
                         let chosen = (turn + n) % CODES.len() == 0 && always == (turn % 2 == 0);
-                        if full && !(always && *code == "hang") || chosen && *code != "hang" {
+                        if full && !(always && code.starts_with("hang")) || chosen && *code != "hang" {
                             let place = place(call.clone(), code.to_string(), always);
                             cases.push(Case { way: *way, place, action: Action::Error(0) });
                         }
@@ -212,6 +216,11 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
         // The driver never gives a process back, and does not say so.
         let place = Place::Worker("cuCheckpointProcessRestore".into(), "hang".into(), false);
         cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
+        // In the program: while it waits for the GPU, and when its memory has been handed over.
+        for (call, code) in [("cuCtxSynchronize", "hang"), ("cuMemUnmap", "hang"), ("cuMemUnmap", SLOW)] {
+            let place = Place::Program(call.into(), code.into(), false);
+            cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
+        }
     }
     // The driver gives a process up for good.
     let place = Place::Program("poison".into(), "999".into(), true);

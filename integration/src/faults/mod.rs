@@ -141,7 +141,8 @@ pub enum Place {
     Time(u32),
     /// A point of the engine: its name, and the arrival.
     Point(String, u32),
-    /// A call of the worker into the driver: function, code (`hang` is one), and whether always.
+    /// A call of the worker into the driver: function, code (`hang` is one, `hangN` one that takes N seconds longer), and whether
+    /// always.
     Worker(String, String, bool),
     /// A call of the library in the program, likewise.
     Program(String, String, bool),
@@ -198,6 +199,9 @@ pub enum Outcome {
     Restored,
     /// What was asked for took the container away.
     Gone,
+    /// The program never comes back from a call into the driver. That was said, its memory was kept, and nothing was left once
+    /// the container was deleted.
+    Hangs,
     /// Neither. Why.
     Lost(String),
 }
@@ -209,6 +213,7 @@ impl fmt::Display for Outcome {
             Outcome::RunsWithImage => write!(f, "runs on, image complete"),
             Outcome::Restored => write!(f, "stopped, image restored"),
             Outcome::Gone => write!(f, "container gone, as asked"),
+            Outcome::Hangs => write!(f, "hangs in the driver, deleted"),
             Outcome::Lost(why) => write!(f, "LOST: {why}"),
         }
     }

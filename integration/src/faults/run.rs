@@ -1,5 +1,7 @@
 //! Runs one fault after the other on one container, for as long as it lives.
 
+mod hung;
+
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,6 +24,9 @@ use crate::status;
 const LIMIT: Duration = Duration::from_secs(90);
 /// How long the program may take for its next steps once all is quiet.
 const STEPS: Duration = Duration::from_secs(20);
+
+/// How long a descriptor or a thread that is about to go may take.
+const SETTLING: Duration = Duration::from_secs(3);
 
 /// Limits short enough that a call that hangs costs seconds. Only jobs that faults are made in have them: what else is done on a
 /// busy machine may take longer.
@@ -206,6 +211,9 @@ impl<'a> Bench<'a> {
 
     /// Says what came of a fault, once nobody is at work any more.
     pub fn settle(&mut self, struck: Struck) -> Result<Row> {
+        if let Some(row) = self.hung(&struck)? {
+            return Ok(row);
+        }
         let Struck { ref case, pid, ref ended, done } = struck;
         let mut leaked: Vec<String> =
             wait_until_quiet(LIMIT).into_iter().map(|p| format!("process {p}")).collect();
@@ -241,7 +249,11 @@ impl<'a> Bench<'a> {
             Err(e) => Outcome::Lost(format!("{e:#}").replace('\n', " ")),
         };
         reached.sort();
-        if matches!(outcome, Outcome::Lost(_) | Outcome::Gone) || !leaked.is_empty() {
+        let for_ever = hung::never_returns(&case.place);
+        if for_ever {
+            leaked.retain(|l| l != hung::THREAD);
+        }
+        if matches!(outcome, Outcome::Lost(_) | Outcome::Gone) || !leaked.is_empty() || for_ever {
             // The next fault gets a new one.
             self.container = None;
         }
@@ -424,7 +436,7 @@ impl<'a> Bench<'a> {
         if state == "running" {
             let more = status::wait_for(&container.status_file(), 2, STEPS)?;
             status::check(&more)?;
-            self.compare(leaked)?;
+            self.compare(leaked, SETTLING + hung::returns_after(&case.place))?;
             return match image {
                 Some(_) if self.restore_all && case.way != Way::Restore => {
                     self.restored(true)?;
@@ -442,7 +454,7 @@ impl<'a> Bench<'a> {
         }
         // What was restored may have made a step before it was given up.
         self.restored(case.way == Way::Restore)?;
-        self.compare(leaked)?;
+        self.compare(leaked, SETTLING)?;
         Ok(Outcome::Restored)
     }
 
@@ -468,14 +480,13 @@ impl<'a> Bench<'a> {
     /// Everything that there is more of than before.
     pub fn beyond(&self) -> Result<Vec<String>> {
         let mut leaked = Vec::new();
-        self.compare(&mut leaked)?;
+        self.compare(&mut leaked, SETTLING)?;
         Ok(leaked)
     }
 
-    fn compare(&self, leaked: &mut Vec<String>) -> Result<()> {
+    fn compare(&self, leaked: &mut Vec<String>, patience: Duration) -> Result<()> {
         let container = self.container()?;
-        let deadline = Instant::now() + Duration::from_secs(3);
-        // A descriptor or a thread may be about to go.
+        let deadline = Instant::now() + patience;
         let left = loop {
             let now = Inventory::take(self.folder, container).unwrap_or_default();
             let left = now.beyond(&self.before);
