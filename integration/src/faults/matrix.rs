@@ -98,6 +98,12 @@ fn is_watched(way: Way, point: &str) -> bool {
         .contains(&point)
 }
 
+/// Whether a process that is killed at a point's last arrival is the only one that has the program's memory: the worker before is dead,
+/// and the keeper has yet to give everything to the next one.
+fn is_last_holder(way: Way, point: &str) -> bool {
+    matches!(way, Way::Recovery | Way::Lost) && point == "at.worker-started"
+}
+
 /// What operators, engines and the program may do meanwhile: kinds of job, point, action.
 const OUTSIDE: [(Way, &str, Action); 20] = [
     (Way::Running, "state.preflight", Action::KillForeground),
@@ -158,7 +164,7 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
                     cases.push(Case { way: *way, place: Place::Point(point.clone(), 1), action: *action });
                 }
             }
-            if *arrivals > 1 && (full || turn % 5 == 0) {
+            if *arrivals > 1 && !is_last_holder(*way, point) && (full || turn % 5 == 0) {
                 let place = Place::Point(point.clone(), *arrivals);
                 cases.push(Case { way: *way, place, action: Action::Kill });
             }
