@@ -165,13 +165,12 @@ impl Recovery<'_> {
         }))
     }
 
-    /// Whether the driver still has the state of one of the processes. None has its memory back then: that comes when the driver is
-    /// done with all of them.
+    /// Whether the driver still has the state of one of the processes, or has not let it go. None has its memory back then: that comes
+    /// when the driver is done with all of them.
     fn is_one_away(&self) -> Result<bool, EngineError> {
         let device = device::cuda::open()?;
-        let away = |p: &KeptProcess| {
-            device.process_state(p.pid).is_ok_and(|s| s == Some(ProcessState::Checkpointed))
-        };
+        let with_driver = [Some(ProcessState::Checkpointed), Some(ProcessState::Locked)];
+        let away = |p: &KeptProcess| device.process_state(p.pid).is_ok_and(|s| with_driver.contains(&s));
         Ok(self.inherited.processes.iter().any(away))
     }
 

@@ -1,8 +1,8 @@
 //! Makes every fault there is, one after the other, and says what came of each. Run it in a sandbox:
 //! `integration/scripts/sandbox.sh target/debug/fault-matrix [--sampled] [--only TEXT] [--except TEXT] [--results FILE] [--table FILE]`.
 //!
-//! `--only`: faults whose description contains TEXT, or one of several texts with ; between them; `--except`: those whose
-//! description does not. `--results`: the figures, in the form of `integration/results/`. `--table`: the table of `contrib/docs/faults.md`. Ends with an error if something was lost or left behind.
+//! `--only`: faults whose description contains TEXT, or one of several texts with ; between them (given twice: both);
+//! `--except`: those whose description does not. `--results`: the figures, in the form of `integration/results/`. `--table`: the table of `contrib/docs/faults.md`. Ends with an error if something was lost or left behind.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -40,14 +40,14 @@ fn results(rows: &[Row]) -> Result<String> {
 }
 
 fn main() -> Result<()> {
-    let (mut breadth, mut only, mut except) = (Breadth::Full, String::new(), None::<String>);
+    let (mut breadth, mut only, mut except) = (Breadth::Full, Vec::<String>::new(), None::<String>);
     let (mut to_results, mut to_table) = (None::<PathBuf>, None::<PathBuf>);
     let mut words = env::args().skip(1);
     while let Some(w) = words.next() {
         let mut value = || words.next().with_context(|| format!("{w} needs a value"));
         match w.as_str() {
             "--sampled" => breadth = Breadth::Sampled,
-            "--only" => only = value()?,
+            "--only" => only.push(value()?),
             "--except" => except = Some(value()?),
             "--results" => to_results = Some(value()?.into()),
             "--table" => to_table = Some(value()?.into()),
@@ -72,7 +72,7 @@ fn main() -> Result<()> {
     let wanted = |case: &&Case| {
         let (text, among) =
             (case.to_string(), |list: &str, text: &str| list.split(';').any(|o| text.contains(o)));
-        among(&only, &text) && !except.as_ref().is_some_and(|e| among(e, &text))
+        only.iter().all(|o| among(o, &text)) && !except.as_ref().is_some_and(|e| among(e, &text))
     };
     for case in cases.iter().filter(wanted) {
         let begin = Instant::now();

@@ -232,7 +232,7 @@ pub struct Row {
     pub leaked: Vec<String>,
     /// What the command said.
     pub said: String,
-    /// Points that were reached.
+    /// Points that were reached, in that order.
     pub reached: Vec<String>,
     /// Functions of the driver that the worker called.
     pub worker_calls: Vec<String>,

@@ -226,7 +226,7 @@ impl<'a> Bench<'a> {
             let text = fs::read_to_string(self.faults().join(name)).unwrap_or_default();
             text.lines().map(Into::into).collect()
         };
-        let (worker_calls, mut reached) = (lines("calls"), lines("reached"));
+        let (worker_calls, reached) = (lines("calls"), lines("reached"));
         // A program that has ended has no driver.
         let program_calls = driver::called(pid).unwrap_or_default();
         let _ = self.arm(pid, "");
@@ -248,7 +248,6 @@ impl<'a> Bench<'a> {
             Ok(outcome) => outcome,
             Err(e) => Outcome::Lost(format!("{e:#}").replace('\n', " ")),
         };
-        reached.sort();
         let for_ever = hung::never_returns(&case.place);
         if for_ever {
             leaked.retain(|l| l != hung::THREAD);
