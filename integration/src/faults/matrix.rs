@@ -232,9 +232,11 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
         }
     }
     if !full {
-        // The driver never gives a process back, and does not say so.
-        let place = Place::Worker("cuCheckpointProcessRestore".into(), "hang".into(), false);
-        cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
+        // The driver never gives a process back, or does not let it go, and does not say so.
+        for call in ["cuCheckpointProcessRestore", "cuCheckpointProcessUnlock"] {
+            let place = Place::Worker(call.into(), "hang".into(), false);
+            cases.push(Case { way: Way::Running, place, action: Action::Error(0) });
+        }
         // In the program: while it waits for the GPU, and when its memory has been handed over.
         for (call, code) in [("cuCtxSynchronize", "hang"), ("cuMemUnmap", "hang"), ("cuMemUnmap", SLOW)] {
             let place = Place::Program(call.into(), code.into(), false);
