@@ -175,6 +175,9 @@ impl Checkpoint<'_> {
         }
         if saved.is_ok() || self.gone {
             folder.keep();
+        } else if self.dumped && matches!(saved, Err(EngineError::RollbackFailed { .. })) {
+            // The next worker may find no other way out than to complete this image.
+            folder.leave();
         }
         saved
     }
@@ -302,8 +305,11 @@ impl Checkpoint<'_> {
 
     /// Tells the keeper, if nothing more belongs to it.
     fn image_is_complete(&self) -> Result<(), EngineError> {
-        if self.job.leave_running {
-            self.wire.send(&Packet::Complete, &[])?;
+        if self.job.leave_running
+            && let Err(e) = self.wire.send(&Packet::Complete, &[])
+        {
+            // There is nothing left that it would have to keep.
+            tracing::warn!(error = %e, "the keeper is gone");
         }
         fault::at(Moment::Committed)
     }

@@ -183,15 +183,17 @@ impl Checkpoint<'_> {
             ));
         }
         self.dumped = true;
-        // From here on this job cannot fail: with the processes gone, what is left is to say so.
+        // Over a keeper that cannot be told this job does not fail any more: all that is left can be done without it.
         let told = fault::at(Moment::Dumped)
             .and_then(|()| Ok(self.wire.send(&Packet::LowerDone, &[])?))
             .and_then(|()| fault::at(Moment::DumpTold));
+        if let Err(e) = told {
+            tracing::warn!(error = %e, "the keeper does not know of the dump");
+        }
         if self.gone {
             self.trim_pages();
-            return Ok(());
         }
-        told
+        Ok(())
     }
 
     /// Makes room for the host memory that CRIU is to save, as far as that can be done before.
