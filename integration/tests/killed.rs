@@ -235,3 +235,32 @@ fn a_container_that_is_not_woken_at_once_is_woken_by_another_worker() {
         not_at_once(tools).unwrap()
     });
 }
+
+/// The dump is made, the memory could not be saved, and the driver brings nothing back: another worker saves the memory.
+fn saved_by_another(tools: &Tools) -> Result<()> {
+    let place = Place::new(tools)?;
+    let container = place.sample(&["--mib", "24"])?;
+    container.start()?;
+    container.steps(3)?;
+    let faults = place.path("fault");
+    fs::create_dir(&faults)?;
+    place.overlay([
+        ("PHOS_FAULT", format!("at.memory-saved={}", libc::EIO).into()),
+        ("PHOS_FAULT_DIR", faults.into()),
+        ("SIMCUDA_FAIL", "cuCheckpointProcessRestore:*:999".into()),
+    ]);
+    let ended = container.try_checkpoint("image", true)?;
+    place.overlay([]);
+    ensure!(ended.text.contains("is complete: restore it"), "{ended:?}");
+    container.verb("delete", &["--force"])?;
+    container.restore("image")?;
+    container.steps(3)?;
+    Ok(())
+}
+
+#[test]
+fn a_dump_stays_until_another_worker_has_completed_the_image() {
+    sandboxed("a_dump_stays_until_another_worker_has_completed_the_image", |tools| {
+        saved_by_another(tools).unwrap()
+    });
+}
