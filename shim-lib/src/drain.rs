@@ -55,6 +55,8 @@ pub fn drain(patience: Duration) -> Result<bool, Failure> {
         }
         // SAFETY: no context is current afterwards.
         unsafe { (api().ctx_set)(std::ptr::null_mut()) };
+        // Whoever hears of it may count on this thread to be out of the driver.
+        drop(all);
         let _ = done.send(status);
     });
     if let Err(e) = spawned {

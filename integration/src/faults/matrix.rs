@@ -202,7 +202,8 @@ pub fn cases(seen: &BTreeMap<Way, Seen>, breadth: Breadth) -> Vec<Case> {
                     for always in [false, true] {
                         // A hang is for ever anyway.
                         let chosen = (turn + n) % CODES.len() == 0 && always == (turn % 2 == 0);
-                        if full && !(always && code.starts_with("hang")) || chosen && *code != "hang" {
+                        let hangs = code.starts_with("hang");
+                        if full && !(always && hangs) || chosen && !hangs {
                             let place = place(call.clone(), code.to_string(), always);
                             cases.push(Case { way: *way, place, action: Action::Error(0) });
                         }

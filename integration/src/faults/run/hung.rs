@@ -14,6 +14,9 @@ use crate::status;
 /// no image yet, and nothing wakes a process that stays inside one of these.
 const PARKING: [&str; 4] = ["cuCtxGetLimit", "cuCtxSetLimit", "cuMemUnmap", "cuMemRelease"];
 
+/// What it calls to take the memory back. Where there is a dump the image is the way out.
+const ATTACHING: [&str; 3] = ["cuMemImportFromShareableHandle", "cuMemMap", "cuMemSetAccess"];
+
 /// The library waits for the GPU in a thread that it can leave behind. There must be no second one.
 pub(super) const THREAD: &str = "1 more: thread of the program: phos-drain";
 
@@ -38,7 +41,9 @@ impl Bench<'_> {
         let Struck { case, pid, ended, .. } = struck;
         let Place::Program(call, ..) = &case.place else { return Ok(None) };
         let program_calls = driver::called(*pid).unwrap_or_default();
-        let possible = never_returns(&case.place) && PARKING.contains(&call.as_str());
+        let without_dump = PARKING.contains(&call.as_str())
+            || case.way == Way::Recovery && ATTACHING.contains(&call.as_str());
+        let possible = never_returns(&case.place) && without_dump;
         if !possible || !program_calls.contains(call) || !ended.text.contains("its memory is kept") {
             return Ok(None);
         }
