@@ -68,7 +68,7 @@ plot:
 	  models-89eda2b.jsonl torch-62a21cd.jsonl models-dc7d3c2.jsonl torch-dc7d3c2.jsonl matrix-5fb9fb4.jsonl jax-5fb9fb4.jsonl \
 	  torch-5fb9fb4.jsonl llama-5fb9fb4.jsonl train-5fb9fb4.jsonl torch-e3fa10f.jsonl train-e3fa10f.jsonl \
 	  jax-02420c6.jsonl torch-02420c6.jsonl torch-eb2eaad.jsonl train-eb2eaad.jsonl jax-4f63501.jsonl models-4f63501.jsonl \
-	  torch-4f63501.jsonl torch-0a0d038.jsonl torch-60a1833.jsonl >../../contrib/docs/pause.svg
+	  torch-4f63501.jsonl torch-0a0d038.jsonl torch-60a1833.jsonl torch-ce6f7cd.jsonl >../../contrib/docs/pause.svg
 	integration/gpu/figures.py integration/results/*.jsonl >contrib/docs/figures.md
 
 # A folder that runs the GPU tests and benchmarks on a machine without packages.
