@@ -199,9 +199,9 @@ pub enum Outcome {
     Restored,
     /// What was asked for took the container away.
     Gone,
-    /// The program never comes back from a call into the driver. That was said, its memory was kept, and nothing was left once
-    /// the container was deleted.
-    Hangs,
+    /// The program never comes back from a call into the driver, or the driver never gives it its memory back, and there is no dump.
+    /// That was said, its memory was kept, and nothing was left once the container was deleted.
+    Stuck,
     /// Neither. Why.
     Lost(String),
 }
@@ -213,7 +213,7 @@ impl fmt::Display for Outcome {
             Outcome::RunsWithImage => write!(f, "runs on, image complete"),
             Outcome::Restored => write!(f, "stopped, image restored"),
             Outcome::Gone => write!(f, "container gone, as asked"),
-            Outcome::Hangs => write!(f, "hangs in the driver, deleted"),
+            Outcome::Stuck => write!(f, "stuck in the driver, deleted"),
             Outcome::Lost(why) => write!(f, "LOST: {why}"),
         }
     }

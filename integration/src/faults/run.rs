@@ -1,6 +1,6 @@
 //! Runs one fault after the other on one container, for as long as it lives.
 
-mod hung;
+mod stuck;
 
 use std::ffi::OsString;
 use std::fs;
@@ -211,7 +211,7 @@ impl<'a> Bench<'a> {
 
     /// Says what came of a fault, once nobody is at work any more.
     pub fn settle(&mut self, struck: Struck) -> Result<Row> {
-        if let Some(row) = self.hung(&struck)? {
+        if let Some(row) = self.stuck(&struck)? {
             return Ok(row);
         }
         let Struck { ref case, pid, ref ended, done } = struck;
@@ -248,9 +248,9 @@ impl<'a> Bench<'a> {
             Ok(outcome) => outcome,
             Err(e) => Outcome::Lost(format!("{e:#}").replace('\n', " ")),
         };
-        let for_ever = hung::never_returns(&case.place);
+        let for_ever = stuck::never_returns(&case.place);
         if for_ever {
-            leaked.retain(|l| l != hung::THREAD);
+            leaked.retain(|l| l != stuck::THREAD);
         }
         if matches!(outcome, Outcome::Lost(_) | Outcome::Gone) || !leaked.is_empty() || for_ever {
             // The next fault gets a new one.
@@ -435,7 +435,7 @@ impl<'a> Bench<'a> {
         if state == "running" {
             let more = status::wait_for(&container.status_file(), 2, STEPS)?;
             status::check(&more)?;
-            self.compare(leaked, SETTLING + hung::returns_after(&case.place))?;
+            self.compare(leaked, SETTLING + stuck::returns_after(&case.place))?;
             return match image {
                 Some(_) if self.restore_all && case.way != Way::Restore => {
                     self.restored(true)?;

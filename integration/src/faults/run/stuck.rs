@@ -1,4 +1,5 @@
-//! Calls that never return in the program itself. Nothing outside the driver can end one.
+//! Calls in the program itself that never return, or never succeed, with its memory handed over and no dump of it. Nothing
+//! outside the driver can help then.
 
 use std::thread;
 use std::time::Duration;
@@ -36,20 +37,20 @@ pub(super) fn returns_after(place: &Place) -> Duration {
 }
 
 impl Bench<'_> {
-    /// Says what came of a process that never comes back after it has handed its memory over. `None`: it is not one.
-    pub(super) fn hung(&mut self, struck: &Struck) -> Result<Option<Row>> {
+    /// Says what came of a process that never goes on after it has handed its memory over. `None`: it is not one.
+    pub(super) fn stuck(&mut self, struck: &Struck) -> Result<Option<Row>> {
         let Struck { case, pid, ended, .. } = struck;
-        let Place::Program(call, ..) = &case.place else { return Ok(None) };
+        let Place::Program(call, code, always) = &case.place else { return Ok(None) };
+        let (hangs, calls) = (code == "hang", |list: &[&str]| list.contains(&call.as_str()));
+        let attaching = case.way == Way::Recovery && calls(&ATTACHING) && (hangs || *always);
+        let possible = attaching || hangs && calls(&PARKING);
         let program_calls = driver::called(*pid).unwrap_or_default();
-        let without_dump = PARKING.contains(&call.as_str())
-            || case.way == Way::Recovery && ATTACHING.contains(&call.as_str());
-        let possible = never_returns(&case.place) && without_dump;
         if !possible || !program_calls.contains(call) || !ended.text.contains("its memory is kept") {
             return Ok(None);
         }
         let mut leaked = Vec::new();
-        let outcome = match self.end_of_hung(case.way, &mut leaked) {
-            Ok(()) => Outcome::Hangs,
+        let outcome = match self.end_of_stuck(case.way, &mut leaked) {
+            Ok(()) => Outcome::Stuck,
             Err(e) => Outcome::Lost(format!("{e:#}")),
         };
         self.container = None;
@@ -59,7 +60,7 @@ impl Bench<'_> {
         Ok(Some(Row { case, struck: true, outcome, leaked, said, reached, worker_calls, program_calls }))
     }
 
-    fn end_of_hung(&self, way: Way, leaked: &mut Vec<String>) -> Result<()> {
+    fn end_of_stuck(&self, way: Way, leaked: &mut Vec<String>) -> Result<()> {
         let container = self.container()?;
         let before = status::read(&container.status_file())?;
         thread::sleep(WATCH);
@@ -68,14 +69,11 @@ impl Bench<'_> {
         status::check(&after)?;
         ensure!(container.state()? != "stopped", "it has ended, and there is no image");
         ensure!(others().iter().any(|(_, line)| line.contains("__keeper")), "nobody keeps its memory");
-        let earlier = matches!(way, Way::Again | Way::Recovery);
-        ensure!(
-            self.image()?.is_some() == earlier,
-            "an image of a process that never stood still, or no earlier one"
-        );
         let deleted = container.try_verb("delete", &["--force"]).context("delete")?;
         ensure!(deleted.status == 0, "it cannot be deleted: {}", deleted.text.trim());
         leaked.extend(wait_until_quiet(LIMIT).into_iter().map(|p| format!("process {p}")));
+        let earlier = matches!(way, Way::Again | Way::Recovery);
+        ensure!(self.image()?.is_some() == earlier, "an image of what never stood still, or no earlier one");
         leaked.extend(Inventory::of_place(self.folder).beyond(&self.before));
         Ok(())
     }
