@@ -2,7 +2,8 @@
 //! `integration/scripts/sandbox.sh target/debug/fault-matrix [--sampled] [--only TEXT] [--except TEXT] [--results FILE] [--table FILE]`.
 //!
 //! `--only`: faults whose description contains TEXT, or one of several texts with ; between them (given twice: both);
-//! `--except`: those whose description does not. `--results`: the figures, in the form of `integration/results/`. `--table`: the table of `contrib/docs/faults.md`. Ends with an error if something was lost or left behind.
+//! `--except`: those whose description does not. `--results`: the figures, in the form of `integration/results/`.
+//! `--table`: the table of `contrib/docs/faults.md`. Ends with an error if something was lost or left behind.
 
 use std::path::PathBuf;
 use std::time::Instant;
