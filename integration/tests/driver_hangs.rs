@@ -9,6 +9,15 @@ use phos_integration::faults::driver;
 use phos_integration::sandbox::sandboxed;
 use phos_integration::tools::Tools;
 
+/// A container that runs, for whose GPU a checkpoint waits one second.
+fn impatient(place: &Place) -> Result<Container<'_>> {
+    fs::write(place.path("config.toml"), "drain_timeout = 1\n")?;
+    let container = place.sample(&["--mib", "16"])?;
+    container.start()?;
+    container.steps(3)?;
+    Ok(container)
+}
+
 /// Threads of a process that wait for its GPU.
 fn waiting(container: &Container<'_>) -> Result<usize> {
     let mut count = 0;
@@ -21,12 +30,8 @@ fn waiting(container: &Container<'_>) -> Result<usize> {
 /// The GPU is never idle, as far as the driver says: each checkpoint is refused, and the first one's thread is not joined by
 /// others.
 fn never_idle(tools: &Tools) -> Result<()> {
-    let mut place = Place::new(tools)?;
-    fs::write(place.path("config.toml"), "drain_timeout = 1\n")?;
-    place.env.insert("PHOS_CONFIG".into(), place.path("config.toml").into());
-    let container = place.sample(&["--mib", "16"])?;
-    container.start()?;
-    container.steps(3)?;
+    let place = Place::new(tools)?;
+    let container = impatient(&place)?;
     driver::arm(container.pid()?, "cuCtxSynchronize:1:hang")?;
     for name in ["first", "second", "third"] {
         let ended = container.try_checkpoint(name, true)?;
@@ -45,12 +50,8 @@ fn one_thread_waits_for_a_gpu_that_is_never_idle() {
 
 /// The same, but only for longer than the limit: once the call has returned, a checkpoint is made as ever.
 fn idle_at_last(tools: &Tools) -> Result<()> {
-    let mut place = Place::new(tools)?;
-    fs::write(place.path("config.toml"), "drain_timeout = 1\n")?;
-    place.env.insert("PHOS_CONFIG".into(), place.path("config.toml").into());
-    let container = place.sample(&["--mib", "16"])?;
-    container.start()?;
-    container.steps(3)?;
+    let place = Place::new(tools)?;
+    let container = impatient(&place)?;
     driver::arm(container.pid()?, "cuCtxSynchronize:1:hang3")?;
     let ended = container.try_checkpoint("first", true)?;
     ensure!(ended.status == 1 && ended.text.contains("did not finish in time"), "{ended:?}");
